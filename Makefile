@@ -1,0 +1,67 @@
+# Everything here creates or refreshes .venv by itself; see `make help`.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+OPTIMIZER ?= sso
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv pretrain test lint bench clean distclean
+
+help: ## show this list
+	@echo 'usage: make TARGET [OPTIMIZER=sso] [ARGS="..."] [PYTHON=/path/to/python3.12]'
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+	@echo 'PYTHON is the interpreter that .venv is made from; make distclean first to change it.'
+
+# One recipe line, so one shell: whatever fails or is interrupted, the stamp is not written. All
+# output goes to stderr. A .venv that does not work (half made, or of an old Python) is made anew.
+$(STAMP): setup.py pyproject.toml tests/constraints.txt sso_megatron/version.py
+	@exec >&2; rm -f $@; \
+	if ! { PYTHON=$(PY) bash launch/python.sh && $(PY) -m pip --version; } >/dev/null 2>&1; then \
+	    python=$$(bash launch/python.sh); \
+	    echo "Creating $(VENV) with $$python"; \
+	    "$$python" -m venv --clear $(VENV); \
+	fi; \
+	echo "Installing into $(VENV); the first time takes a few minutes (about 6 GB, mostly PyTorch)"; \
+	$(PY) -m pip install --disable-pip-version-check -c tests/constraints.txt -e '.[dev]'; \
+	touch $@
+
+venv: $(STAMP) ## create or refresh .venv; the targets below do it by themselves
+
+pretrain: $(STAMP) ## train a tiny model on this machine with OPTIMIZER; ARGS are passed on
+	@$(VENV)/bin/sso-megatron first-run --optimizer $(OPTIMIZER) $(ARGS)
+
+test: $(STAMP) ## run the tests; ARGS are passed to pytest
+	@$(PY) -m pytest tests $(ARGS)
+
+lint: $(STAMP) ## ruff, mypy, the import contracts, shellcheck, no paths of a home directory
+	@status=0; run() { echo "-- $$*"; "$$@" || status=1; }; \
+	run $(VENV)/bin/ruff check .; \
+	run $(VENV)/bin/ruff format --check .; \
+	run $(VENV)/bin/mypy sso_megatron; \
+	run $(VENV)/bin/lint-imports; \
+	run $(VENV)/bin/shellcheck launch/*.sh .ci/run; \
+	found=0; git grep --untracked -nIE '/(root|home)/' || found=$$?; \
+	case $$found in \
+	    1) ;; \
+	    0) echo 'The lines above name a directory of one machine; say it some other way.'; status=1 ;; \
+	    *) echo 'git grep failed; the check for such directories needs a git checkout.'; status=1 ;; \
+	esac; \
+	exit $$status
+
+bench: ## not in this version
+	@echo 'make bench: this version has no benchmark; it comes with a later one.' >&2; exit 1
+
+clean: ## remove caches and build outputs, keep .venv
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	@find sso_megatron tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	@rm -rf $(VENV)
