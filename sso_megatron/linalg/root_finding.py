@@ -1,0 +1,158 @@
+"""Roots of non-decreasing scalar functions, one for each matrix of a batch.
+
+The function is given as ``evaluate(lam, rows) -> (value, extra)``: ``lam`` and ``value`` are ``(k,)``,
+``extra`` is ``(k, ...)``, and ``rows`` tells which ``k`` of the batch's members are meant (``None``: all).
+``extra`` of the accepted trial comes back, so that what was computed for it (SSO's ``msign``) is not
+computed again.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Evaluate = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+class Root(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        lam: ``(b,)`` the accepted trial.
+        value: ``(b,)`` the function there.
+        extra: ``(b, ...)`` what ``evaluate`` returned beside the value there.
+        num_trials: ``(b,)`` int64, evaluations spent.
+        converged: ``(b,)`` bool, ``|value| <= tolerance``.
+    """
+
+    lam: Tensor
+    value: Tensor
+    extra: Tensor
+    num_trials: Tensor
+    converged: Tensor
+
+
+def bisect_root(
+    evaluate: Evaluate,
+    start: Tensor,
+    *,
+    first_step: float,
+    bound: float,
+    tolerance: float,
+    max_iterations: int,
+) -> Root:
+    """Bracket from ``start`` by doubling steps, then halve (arXiv 2601.08393, appendix on the solver).
+
+    Only members that have not converged are evaluated again, which needs one host synchronisation a
+    trial. A member whose bracket fails or that uses up its halvings keeps the best trial it saw and
+    is reported as not converged.
+
+    Args:
+        evaluate: see the module.
+        start: ``(b,)`` first trial.
+        first_step: first step of the bracket, then doubled; positive.
+        bound: the root lies within ``start +- bound``; no trial goes beyond it.
+        tolerance: accept ``|value| <= tolerance``.
+        max_iterations: halvings allowed for each member once it has a bracket.
+    """
+    value, extra = evaluate(start, None)
+    best = Root(
+        start.clone(),
+        value.clone(),
+        extra.clone(),
+        torch.ones_like(start, dtype=torch.int64),
+        value.abs() <= tolerance,
+    )
+    side = torch.sign(value)  # the near end keeps this sign, the far end has the other
+    near = torch.zeros_like(start)
+    far = torch.full_like(start, math.nan)
+    halvings = torch.zeros_like(best.num_trials)
+    exhausted = torch.zeros_like(best.converged)
+    while True:
+        rows = (~best.converged & ~exhausted & torch.isfinite(best.value)).nonzero().squeeze(-1)
+        if rows.numel() == 0:
+            return best
+        bracketed = ~far[rows].isnan()
+        doubled = -side[rows] * (2 * near[rows].abs()).clamp(first_step, bound)
+        trial = torch.where(bracketed, (near[rows] + far[rows]) / 2, doubled)
+        lam = start[rows] + trial
+        value, extra = evaluate(lam, rows)
+        best.num_trials[rows] += 1
+        halvings[rows] += bracketed
+        same_side = torch.sign(value) == side[rows]
+        near[rows] = torch.where(same_side, trial, near[rows])
+        far[rows] = torch.where(same_side, far[rows], trial)
+        improved = value.abs() < best.value[rows].abs()
+        better = rows[improved]
+        best.lam[better], best.value[better] = lam[improved], value[improved]
+        best.extra[better] = extra[improved]
+        best.converged[rows] |= value.abs() <= tolerance
+        at_bound = ~bracketed & same_side & (trial.abs() >= bound)
+        exhausted[rows] |= at_bound | (halvings[rows] >= max_iterations)
+
+
+class TrackedRoot(NamedTuple):
+    """What ``track_root`` found, and where the next search starts.
+
+    Attributes:
+        root: the last trial.
+        next_lam: ``(b,)`` start of the next search.
+        slope: ``(b,)`` slope of the function near the root.
+    """
+
+    root: Root
+    next_lam: Tensor
+    slope: Tensor
+
+
+# A step is at most this far, or the distance from zero when that is more: a slope learned on a flat
+# stretch would otherwise throw the next trial far beyond the root.
+_MAX_FIRST_STEP = 0.05
+# Two values closer than this tell rounding, not slope.
+_MIN_RISE = 1e-3
+
+
+def track_root(
+    evaluate: Evaluate, lam: Tensor, slope: Tensor, *, tolerance: float, num_trials: int
+) -> TrackedRoot:
+    """Follow a root that moves slowly from call to call, with a fixed number of trials.
+
+    Each trial narrows the bracket that monotonicity gives; the next is a secant step (with the
+    stored slope for the first), or the middle of the bracket where that step would leave it. There
+    is no data-dependent branch and no host synchronisation.
+
+    Args:
+        evaluate: see the module; called with ``rows=None``.
+        lam: ``(b,)`` first trial.
+        slope: ``(b,)`` positive estimate of the slope at the root.
+        tolerance: what ``Root.converged`` reports; it decides nothing.
+        num_trials: evaluations, at least 1.
+    """
+    low, high = torch.full_like(lam, -math.inf), torch.full_like(lam, math.inf)
+    last_lam = last_value = None
+    for _ in range(num_trials):
+        trial = lam
+        value, extra = evaluate(trial, None)
+        low = torch.where(value < 0, torch.maximum(low, trial), low)
+        high = torch.where(value > 0, torch.minimum(high, trial), high)
+        if last_lam is not None and last_value is not None:
+            rise = value - last_value
+            secant = rise / (trial - last_lam)
+            usable = torch.isfinite(secant) & (secant > 0) & (rise.abs() > _MIN_RISE)
+            slope = torch.where(usable, secant, slope)
+        last_lam, last_value = trial, value
+        reach = trial.abs().clamp_min(_MAX_FIRST_STEP)
+        proposal = trial + (-value / slope).clamp(-reach, reach)
+        inside = (proposal > low) & (proposal < high)
+        middle = (low + high) / 2
+        lam = torch.where(inside | ~torch.isfinite(middle), proposal, middle)
+    root = Root(
+        trial,
+        value,
+        extra,
+        torch.full_like(lam, num_trials, dtype=torch.int64),
+        value.abs() <= tolerance,
+    )
+    return TrackedRoot(root, torch.where(torch.isfinite(lam), lam, trial), slope)

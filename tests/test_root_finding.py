@@ -1,0 +1,88 @@
+"""Batched root searches on functions whose roots are known."""
+
+import torch
+from torch import Tensor
+
+from sso_megatron.linalg.root_finding import bisect_root, track_root
+
+SETTINGS = {"first_step": 1e-3, "bound": 8.0, "tolerance": 1e-5, "max_iterations": 40}
+
+
+class Functions:
+    """h(lam) = tanh(steepness (lam - root)), one for each member; counts evaluations."""
+
+    def __init__(self, roots: list[float], steepness: list[float]) -> None:
+        self.roots, self.steepness = torch.tensor(roots), torch.tensor(steepness)
+        self.evaluated = torch.zeros(len(roots), dtype=torch.int64)
+
+    def __call__(self, lam: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(self.roots)) if rows is None else rows
+        self.evaluated[rows] += 1
+        value = torch.tanh(self.steepness[rows] * (lam - self.roots[rows]))
+        return value, lam[:, None] * torch.ones(2)
+
+
+def test_bisection_finds_every_root() -> None:
+    f = Functions([0.0, 0.3, -0.3, 1e-5, 5.0, -7.9], [1.0, 10.0, 30.0, 1.0, 0.5, 2.0])
+    root = bisect_root(f, torch.zeros(6), **SETTINGS)
+    assert root.converged.all()
+    assert (root.value.abs() <= 1e-5).all()
+    assert ((root.lam - f.roots).abs() * f.steepness <= 1.1e-5).all()
+    assert torch.equal(root.num_trials, f.evaluated), "converged members are not evaluated again"
+    assert root.num_trials[0] == 1
+    (
+        torch.testing.assert_close(root.extra, root.lam[:, None] * torch.ones(2)),
+        "of the accepted trial",
+    )
+
+
+def test_bisection_reports_what_it_could_not_find() -> None:
+    """A root beyond the bound, and one jump without a root; the third must not suffer."""
+    f = Functions([20.0, 0.4321, 0.1], [0.01, 1e9, 1.0])
+    root = bisect_root(f, torch.zeros(3), **(SETTINGS | {"max_iterations": 15}))
+    assert root.converged.tolist() == [False, False, True]
+    assert root.lam[0] == 8.0, "the best it saw, which is at the bound"
+    assert abs(root.value[1]) == 1, "no trial was better than the first"
+    assert root.num_trials[1] <= 11 + 15
+
+
+def test_bisection_stops_on_nan() -> None:
+    root = bisect_root(lambda lam, rows: (lam * torch.nan, lam[:, None]), torch.zeros(2), **SETTINGS)
+    assert not root.converged.any()
+
+
+def test_tracking_from_nothing() -> None:
+    f = Functions([0.15, -0.02, 0.8, 0.0], [5.0, 30.0, 3.0, 10.0])
+    found = track_root(f, torch.zeros(4), torch.full((4,), 10.0), tolerance=1e-3, num_trials=10)
+    assert found.root.converged.all()
+    assert (f.evaluated == 10).all(), "a fixed number of trials"
+    ratio = found.slope / f.steepness
+    assert (ratio > 0.5).all() and (ratio < 1.5).all()
+
+
+def test_tracking_follows_a_moving_root_with_two_trials() -> None:
+    f = Functions([0.10, -0.05], [8.0, 20.0])
+    lam, slope = f.roots.clone(), f.steepness.clone()
+    for step in range(100):
+        f.roots = torch.tensor([0.10 + 0.001 * step, -0.05 - 0.0005 * step])
+        found = track_root(f, lam, slope, tolerance=1e-3, num_trials=2)
+        lam, slope = found.next_lam, found.slope
+        assert (found.root.value.abs() < 1e-3).all()
+
+
+def test_tracking_survives_a_wrong_slope_and_a_sudden_move() -> None:
+    f = Functions([3.0], [10.0])
+    lam, slope = torch.tensor([0.1]), torch.tensor([1e-4])
+    for _ in range(8):
+        found = track_root(f, lam, slope, tolerance=1e-3, num_trials=2)
+        lam, slope = found.next_lam, found.slope
+    assert abs(found.root.value.item()) < 1e-3
+    assert torch.isfinite(lam).all() and (slope > 0).all()
+
+
+def test_tracking_one_trial_is_one_evaluation() -> None:
+    f = Functions([0.1], [10.0])
+    found = track_root(f, torch.tensor([0.09]), torch.tensor([10.0]), tolerance=1e-9, num_trials=1)
+    assert f.evaluated.item() == 1
+    assert found.root.lam == torch.tensor([0.09])
+    torch.testing.assert_close(found.next_lam, f.roots, atol=1e-3, rtol=0)
