@@ -1,0 +1,1 @@
+"""The map between stored parameters and the logical matrices that spectral steps act on."""

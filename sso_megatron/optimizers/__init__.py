@@ -1,0 +1,1 @@
+"""``torch.optim.Optimizer`` classes and their configurations; they run without Megatron."""
