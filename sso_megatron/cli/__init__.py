@@ -1,0 +1,1 @@
+"""What people start: training scripts and the console command."""

@@ -1,0 +1,20 @@
+"""The console command ``sso-megatron``: one subcommand a module."""
+
+import argparse
+from collections.abc import Sequence
+
+from sso_megatron.cli import data, first_run
+from sso_megatron.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="sso-megatron", description="Spectral optimizers for Megatron-Core."
+    )
+    parser.add_argument("--version", action="version", version=f"sso-megatron {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    first_run.add_parser(subparsers)
+    data.add_parser(subparsers)
+    options = parser.parse_args(argv)
+    return int(options.run(options))

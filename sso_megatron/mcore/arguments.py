@@ -1,0 +1,145 @@
+"""Command-line flags, generated from the configuration dataclasses."""
+
+import argparse
+import dataclasses
+import os
+import sys
+import typing
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from sso_megatron.mcore import compat, cpu
+from sso_megatron.mcore.registration import OPTIMIZERS, register
+from sso_megatron.optimizers.config import SpectralConfig, SSOConfig, choices_of
+
+CONFIGS: dict[str, type] = {"spectral": SpectralConfig, "sso": SSOConfig}
+"""Prefix of the flags, and the dataclass they are made from."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add our flags and optimizer names to Megatron's parser."""
+    for action in parser._actions:
+        if "--optimizer" in action.option_strings and action.choices is not None:
+            action.choices = [*action.choices, *OPTIMIZERS]
+    for prefix, config_type in CONFIGS.items():
+        group = parser.add_argument_group(title=f"sso_megatron: {config_type.__doc__}")
+        for f in dataclasses.fields(config_type):
+            flag = f"--{prefix}-{f.name.replace('_', '-')}"
+            group.add_argument(flag, dest=f"{prefix}_{f.name}", **_action(config_type, f))
+    group = parser.add_argument_group(title="sso_megatron: records")
+    group.add_argument(
+        "--spectral-run-dir",
+        metavar="DIR",
+        help="write metrics.jsonl (losses, spectral norms) and summary.json into this folder",
+    )
+    return parser
+
+
+def _action(config_type: type, f: "dataclasses.Field[Any]") -> dict[str, Any]:
+    hint = typing.get_type_hints(config_type)[f.name]
+    # Choices are checked by the dataclass: its error is one line, argparse's repeats every flag.
+    choices = choices_of(config_type, f.name)
+    shown = f.default if f.default != () else "none"
+    action: dict[str, Any] = {
+        "default": f.default,
+        "help": f"{f.metadata['help']} (default {shown})",
+    }
+    if hint is bool:
+        return action | {"action": argparse.BooleanOptionalAction}
+    if choices:
+        return action | {"type": type(choices[0]), "metavar": "{" + ",".join(choices) + "}"}
+    if typing.get_origin(hint) is tuple:
+        return action | {"type": str, "nargs": "+", "metavar": "PATTERN"}
+    return action | {"type": hint, "metavar": hint.__name__.upper()}
+
+
+def configs_from(args: argparse.Namespace) -> tuple[SSOConfig, SpectralConfig]:
+    """The configurations that the flags describe.
+
+    Raises:
+        ValueError: a value outside its rule; the message names the flag.
+    """
+    made: dict[str, Any] = {}
+    for prefix, config_type in CONFIGS.items():
+        names = [f.name for f in dataclasses.fields(config_type)]
+        values = {name: getattr(args, f"{prefix}_{name}") for name in names}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        try:
+            made[prefix] = config_type(**values)
+        except ValueError as error:
+            name, _, rest = str(error).partition("=")
+            raise ValueError(f"--{prefix}-{name.replace('_', '-')} {rest}") from None
+    return made["sso"], made["spectral"]
+
+
+def check_request(args: argparse.Namespace) -> None:
+    """Refuse what cannot work with a spectral optimizer.
+
+    Raises:
+        ValueError: with the flag, the rule and the way out.
+    """
+    refused = {
+        "fp16": "float16 gradients overflow the spectral step; use --bf16",
+        "use_torch_fsdp2": "FSDP cuts matrices where no spectral step can see them; leave it out",
+        "use_megatron_fsdp": "FSDP cuts matrices where no spectral step can see them; leave it out",
+        "optimizer_cpu_offload": "the spectral step runs on the device; leave it out",
+        "use_distributed_optimizer": "not supported with spectral optimizers yet; leave it out",
+    }
+    for name, rule in refused.items():
+        if getattr(args, name, False):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} with --optimizer {args.optimizer}: {rule}")
+    if args.optimizer == "muon_sphere" and args.sso_tangent == "project":
+        raise ValueError(
+            "--sso-tangent project with --optimizer muon_sphere: MuonSphere does not look at the "
+            "tangent space; leave it out, or use --optimizer sso"
+        )
+
+
+def check_and_register(args: argparse.Namespace) -> None:
+    """Everything between parsing and Megatron's own validation, on parsed arguments.
+
+    Raises:
+        ValueError: see ``configs_from``, ``check_request`` and ``cpu.adapt_arguments``.
+    """
+    is_spectral = args.optimizer in OPTIMIZERS
+    if is_spectral:
+        check_request(args)
+    elif args.spectral_mup_init:
+        raise ValueError(
+            f"--spectral-mup-init with --optimizer {args.optimizer}: it needs the radii of a "
+            f"spectral optimizer; use one of {', '.join(OPTIMIZERS)}"
+        )
+    sso, shared = configs_from(args)
+    if is_spectral:
+        register(sso, shared)
+    if cpu.cuda_is_missing():
+        cpu.adapt_arguments(args)
+
+
+def fail(error: object) -> NoReturn:
+    """One line on the first rank's standard error, exit code 2 on every rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"sso_megatron: error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def install() -> None:
+    """Hook flags and checks into Megatron's argument module."""
+    from megatron.training import arguments
+
+    def with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda parser: add_arguments(original(parser))
+
+    def with_checks(original: Callable[..., Any]) -> Callable[..., Any]:
+        def validate_args(args: argparse.Namespace, *rest: Any, **named: Any) -> Any:
+            try:
+                check_and_register(args)
+            except (ValueError, ImportError) as error:
+                fail(error)
+            return original(args, *rest, **named)
+
+        return validate_args
+
+    compat.wrap(arguments, "add_megatron_arguments", with_flags)
+    compat.wrap(arguments, "validate_args", with_checks)

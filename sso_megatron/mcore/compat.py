@@ -1,0 +1,79 @@
+"""Which Megatron-Core this works with, and every private name of it that we rely on.
+
+A new Megatron version means reading this file, not the rest.
+"""
+
+import re
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+SUPPORTED_MEGATRON = ((0, 19), (0, 20))
+"""At least the first, below the second."""
+
+SUPPORTED_EMERGING = ((0, 3), (0, 4))
+
+
+class UnsupportedError(ValueError):
+    """Something that is installed or asked for cannot work; the message says the way out."""
+
+
+def check_versions() -> None:
+    """Raise UnsupportedError unless megatron-core and emerging-optimizers are of a tested version."""
+    _check("megatron-core", SUPPORTED_MEGATRON, "megatron-core[training]")
+    _check("emerging-optimizers", SUPPORTED_EMERGING, "emerging-optimizers")
+
+
+def _check(package: str, supported: tuple[tuple[int, int], tuple[int, int]], install: str) -> None:
+    (low_major, low_minor), (high_major, high_minor) = supported
+    wanted = f">={low_major}.{low_minor},<{high_major}.{high_minor}"
+    way_out = f"pip install '{install}{wanted}'"
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        raise UnsupportedError(f"{package} is not installed; {way_out}") from None
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if not numbers or not supported[0] <= (int(numbers[1]), int(numbers[2])) < supported[1]:
+        raise UnsupportedError(f"{package} {found} is not supported, {wanted} is; {way_out}")
+
+
+def registry() -> dict[str, Any]:
+    """Megatron's table of emerging optimizers, by the name that ``--optimizer`` takes."""
+    from megatron.core.optimizer import emerging_optimizers
+
+    return emerging_optimizers._EMERGING_OPTIMIZERS
+
+
+def registry_entry(
+    optimizer_cls: type,
+    init_state_fn: Callable[..., None],
+    config_to_kwargs: Callable[..., dict[str, Any]],
+    overrides: dict[Any, dict[str, Any]],
+) -> Any:
+    """An entry for ``registry``."""
+    from megatron.core.optimizer.emerging_optimizers import EmergingOptimizerEntry
+
+    return EmergingOptimizerEntry(
+        optimizer_cls=optimizer_cls,
+        init_state_fn=init_state_fn,
+        config_to_kwargs=config_to_kwargs,
+        default_param_overrides=overrides,
+    )
+
+
+def wrap(module: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace ``module.name`` by ``wrapper(original)``, once.
+
+    Megatron looks these functions up in their module when it calls them, so that replacing the
+    module's attribute reaches every caller.
+
+    Raises:
+        UnsupportedError: the function is not there.
+    """
+    original = getattr(module, name, None)
+    if original is None:
+        raise UnsupportedError(f"{module.__name__} has no {name}; this Megatron-Core is not supported")
+    if not hasattr(original, "_sso_megatron_original"):
+        replacement = wrapper(original)
+        replacement._sso_megatron_original = original  # type: ignore[attr-defined]
+        setattr(module, name, replacement)

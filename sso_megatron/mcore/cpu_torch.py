@@ -1,0 +1,328 @@
+"""Stand-ins that let code written for CUDA run on the CPU: torch's half of a rehearsal.
+
+Three redirections, installed once by :func:`redirect_torch`:
+
+1. a ``TorchFunctionMode`` sends every tensor that is asked for on a CUDA device to the CPU;
+2. the tables below replace functions of ``torch.cuda`` (and a few of ``torch.distributed``);
+3. the data loader no longer draws from the one generator that the CPU has.
+
+Nothing here knows Megatron; the comments name the place in Megatron that needs each entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+
+def _device_on_cpu(device: Any) -> Any:
+    """Maps a CUDA device (``"cuda"``, ``"cuda:1"``, ``torch.device``, bare index) to the CPU."""
+    if isinstance(device, bool):  # bool is an int, but ``Tensor.to(dtype, True)`` means a flag
+        return device
+    if isinstance(device, int):  # torch.cuda.current_device() is passed on as a bare index
+        return torch.device("cpu")
+    if isinstance(device, str) and device.split(":")[0] == "cuda":
+        return torch.device("cpu")
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return torch.device("cpu")
+    return device
+
+
+def _type_name(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """``Tensor.type``: names a CPU tensor as if it were on a CUDA device."""
+    if dtype is not None:
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.")
+        return tensor.type(dtype, *args, **kwargs)
+    return f"torch.cuda.{tensor.type().rpartition('.')[2]}"  # right inside a second mode, too
+
+
+def _moved(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """``Tensor.to``: the target may be positional, as in ``x.to("cuda")``."""
+    return tensor.to(*(_device_on_cpu(arg) for arg in args[:1]), *args[1:], **kwargs)
+
+
+# Tensor methods with a meaning of their own here. Everything else is left to torch.
+_TENSOR_METHODS: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.cuda: lambda tensor, *args, **kwargs: tensor,  # model and batch are moved by it
+    torch.Tensor.to: _moved,
+    # The gradient clipper asserts torch.cuda.FloatTensor; Float16Optimizer and the distributed
+    # optimizer sort parameters by this name.
+    torch.Tensor.type: _type_name,
+}
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Sends every tensor that is asked for on a CUDA device to the CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs) if kwargs else {}
+        if "device" in kwargs:
+            kwargs["device"] = _device_on_cpu(kwargs["device"])
+        return _TENSOR_METHODS.get(func, func)(*args, **kwargs)
+
+
+def _redirect_backward() -> None:
+    """Keeps the redirection alive in backward passes.
+
+    ``torch.autograd.backward`` is itself a function that a mode sees, and torch switches a mode
+    off while it handles a function: Megatron's own backward functions would ask for CUDA tensors
+    in vain. All of torch's ways into the engine pass through one function.
+    """
+    run = torch.autograd.graph._engine_run_backward
+
+    @functools.wraps(run)
+    def run_redirected(*args: Any, **kwargs: Any) -> Any:
+        with _CudaMeansCpu():
+            return run(*args, **kwargs)
+
+    for module in (torch.autograd, torch.autograd.graph):
+        setattr(module, "_engine_run_backward", run_redirected)  # noqa: B010 (private, in stubs)
+
+
+class _Stream:
+    """A queue of work. The CPU runs everything in order, so there is never anything to wait for."""
+
+    device = torch.device("cpu")
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Accepts and ignores device and priority."""
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None:
+        """Does nothing."""
+
+    def wait_event(self, event: Any) -> None:
+        """Does nothing."""
+
+    def synchronize(self) -> None:
+        """Does nothing."""
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        """Returns an event that lies in the past."""
+        event = event or _Event()
+        event.record(self)
+        return event
+
+    def query(self) -> bool:
+        """Returns True: all work is done."""
+        return True
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        """Returns the only priority that there is."""
+        return (0, 0)
+
+
+class _Event:
+    """A point in time; recorded at once, because the CPU is never behind."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._recorded_at = time.perf_counter()
+
+    def record(self, stream: Any = None) -> None:
+        """Notes the time."""
+        self._recorded_at = time.perf_counter()
+
+    def wait(self, stream: Any = None) -> None:
+        """Does nothing."""
+
+    def synchronize(self) -> None:
+        """Does nothing."""
+
+    def query(self) -> bool:
+        """Returns True: the event has happened."""
+        return True
+
+    def elapsed_time(self, end: _Event) -> float:
+        """Returns the milliseconds from this event to ``end``."""
+        return 1e3 * (end._recorded_at - self._recorded_at)
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    """Returns a new function of anything that returns ``value``.
+
+    A new one for every name: torch.compile tabulates the functions of torch.cuda and refuses to
+    find one of them under two names.
+    """
+    return lambda *args, **kwargs: value
+
+
+_THE_STREAM = _Stream()
+_CPU_PROPERTIES = SimpleNamespace(
+    name="cpu",
+    major=8,
+    minor=0,
+    total_memory=0,
+    multi_processor_count=os.cpu_count() or 1,
+)
+
+# torch.cuda.<name>: what Megatron calls outside the paths that adapt_arguments refuses.
+_CUDA_FUNCTIONS: dict[str, Any] = {
+    "is_available": _constant(True),  # initialize_megatron asserts it
+    # 0 devices would skip the model-parallel groups and seeds; with 1, fork_rng stays quiet too.
+    "device_count": _constant(1),
+    "current_device": _constant(0),  # passed on as device=0, which _device_on_cpu understands
+    "set_device": _constant(None),  # initialize_megatron, per local rank
+    "get_device_properties": _constant(_CPU_PROPERTIES),  # validate_args reads the architecture
+    # emerging_optimizers chooses its matrix products by it.
+    "get_device_capability": _constant((_CPU_PROPERTIES.major, _CPU_PROPERTIES.minor)),
+    "synchronize": _constant(None),  # timers, point-to-point communication, checkpoints
+    # The optimizers of older torch versions and Megatron's MoE router ask for a graph capture.
+    "is_current_stream_capturing": _constant(False),
+    # Streams and events: DDP construction, overlapped reductions, MoE dispatch, timings.
+    "Stream": _Stream,
+    "Event": _Event,
+    "current_stream": _constant(_THE_STREAM),
+    "stream": lambda stream: contextlib.nullcontext(stream),
+    # Random numbers. The CPU has one generator for what CUDA code keeps in two. The generator's
+    # own methods are called: torch.manual_seed would call torch.cuda.manual_seed_all again.
+    "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
+    "manual_seed_all": lambda seed: torch.default_generator.manual_seed(int(seed)),
+    "get_rng_state": lambda device=None: torch.default_generator.get_state(),
+    "set_rng_state": lambda state, device=None: torch.default_generator.set_state(state),
+    "default_generators": (torch.default_generator,),  # _set_cuda_rng_state sets it directly
+    # Deferred until CUDA starts, which never happens: _set_cuda_rng_state would be lost.
+    "_lazy_call": lambda callback, **kwargs: callback(),
+}
+_RANDOM_NAMES = ("manual_seed", "manual_seed_all", "get_rng_state", "set_rng_state")
+
+# torch.accelerator.<name>: how torch itself looks for a device (optimizers for a graph capture,
+# data loaders for pinned memory, collectives for their tensors). It follows torch.cuda's
+# is_available, so it has to be told the truth.
+_ACCELERATOR_FUNCTIONS: dict[str, Any] = {
+    "is_available": _constant(False),
+    "current_accelerator": _constant(None),
+}
+
+
+class _UnequalGather:
+    """The handle of an asynchronous padded gather: unpads once the communication is done."""
+
+    def __init__(self, work: Any, padded: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+        self._work, self._padded, self._outputs = work, padded, outputs
+
+    def wait(self, *args: Any) -> bool:
+        """Waits for the gather and fills the callers' tensors."""
+        if self._work is not None:  # None: this rank is outside the group, or it was synchronous
+            self._work.wait(*args)
+        for output, padded in zip(self._outputs, self._padded, strict=True):
+            output.copy_(padded[: output.numel()].view_as(output))
+        return True
+
+
+def _gather_unequal(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``all_gather``: NCCL accepts tensors of unequal sizes, Gloo does not."""
+
+    @functools.wraps(all_gather)
+    def gather(
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        sizes = {output.numel() for output in tensor_list}
+        if len(sizes) <= 1:
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        longest = max(sizes)  # every rank holds the same list of sizes: no need to agree on it
+        sent = tensor.new_zeros(longest)
+        sent[: tensor.numel()].copy_(tensor.reshape(-1))
+        padded = [tensor.new_empty(longest) for _ in tensor_list]
+        work = all_gather(padded, sent, group=group, async_op=async_op)
+        handle = _UnequalGather(work, padded, tensor_list)
+        if async_op:
+            return handle
+        handle.wait()
+        return None
+
+    return gather
+
+
+def _list_split_sizes(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``all_to_all_single`` for the MoE dispatcher's split sizes.
+
+    The dispatcher copies them from the GPU into NumPy arrays. A tensor that is on the CPU from
+    the start it leaves alone, but the collective takes no tensor.
+    """
+
+    def listed(sizes: Any) -> Any:
+        return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+
+    @functools.wraps(all_to_all)
+    def exchange(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        return all_to_all(
+            output,
+            input,
+            listed(output_split_sizes),
+            listed(input_split_sizes),
+            group=group,
+            async_op=async_op,
+        )
+
+    return exchange
+
+
+def _keep_generator(iterate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``DataLoader.__iter__``, which draws a seed for workers from the CPU's generator.
+
+    Only the first rank of a tensor-parallel group has a data loader. On a GPU its draw does not
+    touch CUDA's generator; here it would, and the dropout masks of the group would differ.
+    """
+
+    @functools.wraps(iterate)
+    def keep(self: Any) -> Any:
+        state = torch.default_generator.get_state()
+        try:
+            return iterate(self)
+        finally:
+            torch.default_generator.set_state(state)
+
+    return keep
+
+
+# torch.distributed.<name>: what NCCL takes from Megatron and Gloo does not.
+_COLLECTIVES: dict[str, Callable[..., Any]] = {
+    "all_gather": _gather_unequal,
+    "all_to_all_single": _list_split_sizes,
+}
+
+
+def redirect_torch() -> None:
+    """Installs the redirections for the rest of the process. Call it once, without CUDA only."""
+    for name, stand_in in _CUDA_FUNCTIONS.items():
+        setattr(torch.cuda, name, stand_in)
+    for name, stand_in in _ACCELERATOR_FUNCTIONS.items():
+        setattr(torch.accelerator, name, stand_in)
+    for name in _RANDOM_NAMES:  # the same functions under their second address
+        setattr(torch.cuda.random, name, _CUDA_FUNCTIONS[name])
+    for name, wrap in _COLLECTIVES.items():
+        collective = wrap(getattr(dist, name))
+        for module in (dist, dist.distributed_c10d):
+            setattr(module, name, collective)
+    loader = torch.utils.data.DataLoader
+    setattr(loader, "__iter__", _keep_generator(loader.__iter__))  # noqa: B010 (mypy)
+    _redirect_backward()
+    _CudaMeansCpu().__enter__()

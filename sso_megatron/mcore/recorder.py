@@ -1,0 +1,178 @@
+"""Records of a run: losses, spectral norms and a closing summary, in a folder of plain files.
+
+``metrics.jsonl`` gets one line for each iteration; at Megatron's ``--log-interval`` lines also hold
+the spectral norms. ``summary.json`` is written when training has ended.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sso_megatron.mcore import compat
+from sso_megatron.mcore.registration import live_optimizers
+from sso_megatron.optimizers.sso import SSO
+
+
+def start(args: Any) -> "Recorder":
+    """Hook into Megatron's training loop; call it before ``pretrain``.
+
+    Raises:
+        ValueError: the folder exists as a file.
+    """
+    from megatron.training import training
+
+    recorder = Recorder(Path(args.spectral_run_dir), args.log_interval)
+    compat.wrap(training, "training_log", recorder.around_training_log)
+    compat.wrap(training, "evaluate", recorder.around_evaluate)
+    compat.wrap(training, "train", recorder.around_train)
+    return recorder
+
+
+class Recorder:
+    """Collects on every rank and writes on rank 0.
+
+    Collectives: one gather of objects over the world at every ``log_interval``, two in ``finish``.
+    """
+
+    def __init__(self, folder: Path, log_interval: int) -> None:
+        """Take the folder to write to, which is made if it is missing."""
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--spectral-run-dir {folder}: is a file; name a folder")
+        self.folder = folder
+        self.log_interval = log_interval
+        self.optimizers: list[SSO] = []
+        self.losses: list[tuple[int, Any]] = []  # this rank's, not written yet
+        self.loss_curve: list[float] = []
+        self.val_loss: float | None = None
+        self.seconds = 0.0
+        self.iterations = 0
+
+    def around_train(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Time the training loop, evaluation inside it included."""
+
+        def train(*args: Any, **kwargs: Any) -> Any:
+            # Megatron drops its optimizer when training ends; finish() still needs it.
+            self.optimizers = list(live_optimizers)
+            began = time.monotonic()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.seconds = time.monotonic() - began
+
+        return train
+
+    def around_training_log(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Keep each iteration's loss on the device; write at the interval."""
+
+        def training_log(loss_dict: Any, total: Any, lr: Any, iteration: int, *a: Any, **k: Any) -> Any:
+            self.losses.append((iteration, loss_dict.get("lm loss")))
+            if iteration % self.log_interval == 0 or iteration == 1:
+                self._write(lr)
+            return original(loss_dict, total, lr, iteration, *a, **k)
+
+        return training_log
+
+    def around_evaluate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Keep the loss of the last evaluation."""
+
+        def evaluate(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if result[0] and "lm loss" in result[0]:
+                self.val_loss = float(result[0]["lm loss"])
+            return result
+
+        return evaluate
+
+    def _write(self, lr: float | None = None) -> None:
+        mine = {
+            "losses": [(i, float(loss)) for i, loss in self.losses if loss is not None],
+            "norms": spectral_norms(self.optimizers),
+            "val_loss": self.val_loss,
+        }
+        self.losses.clear()
+        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, mine)
+        # Only the last pipeline stage has losses; each of its ranks has the same.
+        losses: list[tuple[int, float]] = next(
+            (part["losses"] for part in everywhere if part["losses"]), []
+        )
+        self.val_loss = next(
+            (part["val_loss"] for part in everywhere if part["val_loss"] is not None), None
+        )
+        if not losses:
+            return
+        self.loss_curve += [loss for _, loss in losses]
+        self.iterations = losses[-1][0]
+        if torch.distributed.get_rank() != 0:
+            return
+        lines: list[dict[str, Any]] = [
+            {"iteration": i, "loss": loss, "time": time.time()} for i, loss in losses
+        ]
+        norms = {name: norm for part in everywhere for name, norm in part["norms"].items()}
+        if norms:
+            ratios = list(norms.values())
+            lines[-1] |= {
+                "lr": lr,
+                "largest_norm_over_radius": max(ratios),
+                "median_norm_over_radius": statistics.median(ratios),
+                "smallest_norm_over_radius": min(ratios),
+            }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def finish(self) -> None:
+        """Measure the trained weights and write ``summary.json``; every rank must call it."""
+        self._write()
+        worst: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(worst, max_radius_error(self.optimizers))
+        errors = [error for error in worst if error is not None]
+        val_losses: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(val_losses, self.val_loss)
+        if torch.distributed.get_rank() != 0:
+            return
+        summary = {
+            "first_loss": self.loss_curve[0] if self.loss_curve else None,
+            "last_loss": self.loss_curve[-1] if self.loss_curve else None,
+            "val_loss": next((loss for loss in val_losses if loss is not None), None),
+            "max_radius_error": max(errors, default=None),
+            "iterations": self.iterations,
+            "seconds": round(self.seconds, 1),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "summary.json").write_text(json.dumps(summary) + "\n")
+
+
+def spectral_norms(optimizers: Iterable[SSO]) -> dict[str, float]:
+    """``||W||_2 / R`` before the last retraction of each logical matrix on this rank, by name.
+
+    One host synchronisation a batch.
+    """
+    return {
+        member.name: sigma / optimizer.radius(batch)
+        for optimizer in optimizers
+        for batch in optimizer.batches
+        if batch.stats is not None
+        for member, sigma in zip(batch.members, batch.stats.sigma.tolist(), strict=True)
+    }
+
+
+def max_radius_error(optimizers: Iterable[SSO]) -> float | None:
+    """Largest ``| ||W||_2 - R | / R`` right after a retraction, by exact SVD in float64.
+
+    Over this rank's logical matrices with the weights as they are; None where there is none. Every
+    rank of a tensor-parallel group must call it.
+
+    Collectives: those of ``SSO.retracted``.
+    """
+    errors = [
+        abs(torch.linalg.svdvals(matrix.double())[0].item() - radius) / radius
+        for optimizer in optimizers
+        for _, matrix, radius in optimizer.retracted()
+    ]
+    return max(errors, default=None)

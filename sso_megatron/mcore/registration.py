@@ -1,0 +1,161 @@
+"""SSO and MuonSphere in Megatron's optimizer factory."""
+
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sso_megatron.mcore import compat
+from sso_megatron.mcore.initialization import initialize_by_name
+from sso_megatron.mcore.layouts import LayoutTable, ModelParameter, layout_of, model_parameters
+from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
+from sso_megatron.optimizers.sso import SSO, MuonSphere
+
+OPTIMIZERS: dict[str, type[SSO]] = {"sso": SSO, "muon_sphere": MuonSphere}
+"""Names of ``--optimizer`` and their classes."""
+
+live_optimizers: "weakref.WeakSet[SSO]" = weakref.WeakSet()
+"""Spectral optimizers that Megatron has built in this process, for metrics."""
+
+# The parameters' tag: how prepare_model, which sees global names, tells the routing rule below.
+_EXCLUDED = "_spectral_excluded"
+
+
+def register(sso: SSOConfig | None = None, shared: SpectralConfig | None = None) -> None:
+    """Enter ``sso`` and ``muon_sphere`` into Megatron's optimizer factory.
+
+    Call it once before the optimizer is built; a later call replaces the settings.
+
+    Args:
+        sso: settings of both.
+        shared: settings that all spectral optimizers share.
+
+    Raises:
+        UnsupportedError: megatron-core or emerging-optimizers is missing or of an untested version.
+    """
+    compat.check_versions()
+    import megatron.core.optimizer as factory
+
+    sso, shared = sso or SSOConfig(), shared or SpectralConfig()
+    for name, optimizer_cls in OPTIMIZERS.items():
+        compat.registry()[name] = compat.registry_entry(
+            optimizer_cls,
+            init_state_fn=lambda optimizer, config=None: optimizer.init_state(),
+            config_to_kwargs=_config_to_kwargs(sso, shared),
+            overrides=_overrides(sso),
+        )
+    _current.sso, _current.shared = sso, shared
+    compat.wrap(factory, "_get_megatron_emerging_optimizer", _prepare_first)
+
+
+@dataclass
+class _Current:
+    """The settings of the last ``register``, and what ``prepare_model`` leaves for the factory."""
+
+    sso: SSOConfig | None = None
+    shared: SpectralConfig | None = None
+    find_layout: LayoutTable | None = None
+
+
+_current = _Current()
+
+
+def _overrides(sso: SSOConfig) -> dict[Any, dict[str, Any]]:
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+
+    def is_spectral(param: torch.nn.Parameter) -> bool:
+        is_vocabulary = getattr(param, "is_embedding_or_output_parameter", False)
+        return param.ndim == 2 and not is_vocabulary and not getattr(param, _EXCLUDED, False)
+
+    def is_not_spectral(param: torch.nn.Parameter) -> bool:
+        return not is_spectral(param)
+
+    spectral = ParamKey(predicate=ParamPredicate(name="spectral", fn=is_spectral))
+    other = ParamKey(predicate=ParamPredicate(name="not_spectral", fn=is_not_spectral))
+    # The scheduler writes its own weight decay into every group unless the group overrides it.
+    decay = sso.weight_decay
+    return {spectral: {"start_wd": decay, "end_wd": decay}, other: {"optimizer": "adam"}}
+
+
+def _config_to_kwargs(sso: SSOConfig, shared: SpectralConfig) -> Callable[..., dict[str, Any]]:
+    def build(config: Any, model_chunks: Any, pg_collection: Any) -> dict[str, Any]:
+        return {
+            "lr": config.lr,
+            "config": sso,
+            "shared": shared,
+            "find_layout": _current.find_layout,
+        }
+
+    return build
+
+
+def _prepare_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_megatron_emerging_optimizer(
+        config: Any,
+        model_chunks: list[Any],
+        config_overrides: Any = None,
+        pg_collection: Any = None,
+    ) -> Any:
+        sso, shared = _current.sso, _current.shared
+        if config.optimizer in OPTIMIZERS and sso is not None and shared is not None:
+            from megatron.core.process_groups_config import ProcessGroupCollection
+
+            groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+            _current.find_layout = prepare_model(model_chunks, sso, shared, groups)
+        chained = original(config, model_chunks, config_overrides, pg_collection)
+        if config.optimizer in OPTIMIZERS:
+            parts = getattr(chained, "chained_optimizers", [chained])
+            inner = (getattr(part, "optimizer", None) for part in parts)
+            live_optimizers.update(o for o in inner if isinstance(o, SSO))
+        return chained
+
+    return get_megatron_emerging_optimizer
+
+
+def prepare_model(
+    model_chunks: Sequence[Any], sso: SSOConfig, shared: SpectralConfig, pg_collection: Any
+) -> LayoutTable:
+    """Route every parameter, find the logical matrices, and draw the weights if asked to.
+
+    Collectives: one gather of objects over the world, for the exclusion patterns.
+
+    Args:
+        model_chunks: this rank's part of the model.
+        sso: radius of the initialisation.
+        shared: granularity, exclusions and initialisation.
+        pg_collection: Megatron's process groups.
+
+    Raises:
+        ValueError: a pattern that matches nothing, or a matrix that no rule covers.
+    """
+    parameters = list(model_parameters(model_chunks, pg_collection))
+    matrices = [p for p in parameters if p.is_matrix]
+    _exclude(matrices, shared.exclude)
+    spectral = [p for p in matrices if not getattr(p.param, _EXCLUDED)]
+    table = [(p.param, layout_of(p, shared)) for p in spectral]
+    if shared.mup_init:
+        initialize_by_name(parameters, spectral, sso, shared)
+    return LayoutTable(table)
+
+
+def _exclude(matrices: list[ModelParameter], patterns: tuple[str, ...]) -> None:
+    matched = set()
+    for p in matrices:
+        hits = {pattern for pattern in patterns if re.search(pattern, p.name)}
+        matched |= hits
+        setattr(p.param, _EXCLUDED, bool(hits))
+    if not patterns:
+        return
+    # A pattern may match on another pipeline stage or expert-parallel rank alone.
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, matched)
+    unused = [p for p in patterns if not any(p in ranks for ranks in everywhere)]
+    if unused:
+        names = "\n  ".join(p.name for p in matrices)
+        raise ValueError(
+            f"--spectral-exclude {' '.join(map(repr, unused))} matches no matrix of the model; "
+            f"names on this rank:\n  {names}"
+        )
