@@ -1,0 +1,143 @@
+"""Real Megatron runs for the tests: ``megatron.run(...)`` trains a tiny GPT over real process groups."""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+# A tiny GPT with the parts of the paper's: GQA, SwiGLU, RMSNorm, RoPE, QK-norm, untied embeddings.
+TINY = shlex.split("""
+--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4
+--group-query-attention --num-query-groups 2 --kv-channels 16 --seq-length 32
+--max-position-embeddings 32 --swiglu --normalization RMSNorm --qk-layernorm
+--position-embedding-type rope --untie-embeddings-and-output-weights --disable-bias-linear
+--attention-dropout 0 --hidden-dropout 0 --transformer-impl local --no-persist-layer-norm
+--mock-data --tokenizer-type NullTokenizer --vocab-size 128 --micro-batch-size 2
+--global-batch-size 4 --train-iters 4 --lr 1e-2 --lr-decay-style cosine --lr-warmup-iters 2
+--weight-decay 0.1 --log-interval 1 --eval-interval 1000 --eval-iters 0
+""")
+
+MOE = shlex.split("""
+--num-experts 4 --moe-ffn-hidden-size 48 --moe-router-topk 2 --moe-layer-freq [0,1]
+--moe-shared-expert-intermediate-size 32 --moe-token-dispatcher-type alltoall
+--moe-router-load-balancing-type none
+""")
+
+
+def tiny(*flags: object, tp: int = 1, optimizer: str = "sso") -> list[str]:
+    """Command line of a tiny run. The padded vocabulary is 128 for every tensor-parallel size."""
+    padding = ["--make-vocab-size-divisible-by", 128 // tp, "--tensor-model-parallel-size", tp]
+    return [str(flag) for flag in [*TINY, *padding, "--optimizer", optimizer, *flags]]
+
+
+@dataclass
+class Run:
+    """A finished run."""
+
+    folder: Path
+    codes: list[int | None]
+
+    @property
+    def losses(self) -> list[float]:
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    @property
+    def summary(self) -> dict[str, float]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    @property
+    def log(self) -> str:
+        return "\n".join(p.read_text() for p in sorted(self.folder.glob("rank*.log")))
+
+    def saved(self, name: str) -> list[object]:
+        """What ``probes.save`` wrote, by rank."""
+        return [
+            torch.load(self.folder / f"{name}{rank}.pt", weights_only=False)
+            for rank in range(len(self.codes))
+        ]
+
+    def merged(self, name: str) -> dict:  # type: ignore[type-arg]
+        """The union of the dictionaries that all ranks saved; shared entries must agree."""
+        union: dict = {}  # type: ignore[type-arg]
+        for part in self.saved(name):
+            for key, value in part.items():  # type: ignore[attr-defined]
+                if key in union and isinstance(value, torch.Tensor):
+                    torch.testing.assert_close(value, union[key], rtol=0, atol=0)
+                union[key] = value
+        return union
+
+
+class Megatron:
+    """Starts runs through the zygote."""
+
+    def __init__(self, process: subprocess.Popen, base: Path) -> None:  # type: ignore[type-arg]
+        self.process = process
+        self.base = base
+        self.count = 0
+
+    def run(
+        self,
+        argv: list[str],
+        ranks: int = 1,
+        calls: tuple[str, ...] = (),
+        fails: bool = False,
+        timeout: float = 120,
+        main: str = "sso_megatron.cli.pretrain_gpt:main",
+    ) -> Run:
+        """Train on ``ranks`` processes; ``calls`` are functions that each rank runs before that."""
+        self.count += 1
+        folder = self.base / f"run{self.count}"
+        folder.mkdir()
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        request = {
+            "argv": argv,
+            "ranks": ranks,
+            "calls": [*calls, main],
+            "folder": str(folder),
+            "port": port,
+            "timeout": timeout,
+        }
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        assert answer, "the zygote died"
+        run = Run(folder, json.loads(answer))
+        if not fails:
+            assert run.codes == [0] * ranks, f"exit codes {run.codes}\n{run.log[-6000:]}"
+        return run
+
+    def train(self, argv: list[str], ranks: int = 1, calls: tuple[str, ...] = ()) -> Run:
+        """A run with records, so that losses and summary can be read."""
+        return self.run([*argv, "--spectral-run-dir", "."], ranks, calls)
+
+
+@pytest.fixture(scope="session")
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Megatron]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    base = tmp_path_factory.mktemp("megatron")
+    with (base / "zygote.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "zygote.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=env,
+        )
+    ready = process.stdout.readline()
+    assert ready == "ready\n", (base / "zygote.log").read_text()
+    yield Megatron(process, base)
+    process.stdin.close()
+    process.wait(timeout=60)

@@ -1,0 +1,183 @@
+"""Real Megatron models, trained over real process groups, compared by value with one rank."""
+
+import math
+
+import pytest
+import torch
+from conftest import MOE, Megatron, Run, tiny
+
+
+def assert_same_run(run: Run, reference: Run, losses: float = 1e-4, weights: float = 1e-3) -> None:
+    """Losses at every iteration and final weights agree, relative."""
+    assert len(run.losses) == len(reference.losses)
+    for got, expected in zip(run.losses, reference.losses, strict=True):
+        assert abs(got - expected) <= losses * abs(expected)
+    found, wanted = run.merged("final"), reference.merged("final")
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        error = torch.linalg.norm(found[name] - weight) / torch.linalg.norm(weight)
+        assert error <= weights, name
+
+
+@pytest.fixture(scope="module")
+def one_rank(megatron: Megatron) -> dict[str, Run]:
+    """Twenty iterations on one rank, dense, for each optimizer."""
+    flags = ["--spectral-mup-init", "--train-iters", "20"]
+    return {
+        name: megatron.train(tiny(*flags, optimizer=name), calls=("probes:weights",))
+        for name in ("sso", "muon_sphere")
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["sso", "muon_sphere"])
+@pytest.mark.parametrize(
+    ("ranks", "tp", "flags"),
+    [(2, 2, []), (2, 1, ["--pipeline-model-parallel-size", "2"]), (2, 1, [])],
+    ids=["tp2", "pp2", "dp2"],
+)
+def test_layouts_agree(megatron, one_rank, optimizer, ranks, tp, flags) -> None:  # type: ignore[no-untyped-def]
+    argv = tiny("--spectral-mup-init", "--train-iters", "20", *flags, tp=tp, optimizer=optimizer)
+    run = megatron.train(argv, ranks, calls=("probes:weights",))
+    assert_same_run(run, one_rank[optimizer])
+    assert run.losses[-1] < 0.97 * run.losses[0], "it trains"
+
+
+@pytest.mark.parametrize("optimizer", ["sso", "muon_sphere"])
+def test_tp2_from_a_checkpoint_of_one_rank(megatron, optimizer) -> None:  # type: ignore[no-untyped-def]
+    """Megatron's own initial weights, saved by one rank and loaded by two."""
+    save = ["--save", "ckpt", "--save-interval", 1, "--ckpt-format", "torch_dist"]
+    still = ["--train-iters", 1, "--lr", 0, "--lr-warmup-iters", 0]
+    saved = megatron.run(tiny(*still, *save, optimizer=optimizer))
+    load = ["--load", saved.folder / "ckpt", "--finetune", "--no-load-optim", "--no-load-rng"]
+    runs = [
+        megatron.train(
+            tiny(*load, "--train-iters", "20", tp=tp, optimizer=optimizer), tp, calls=("probes:weights",)
+        )
+        for tp in (1, 2)
+    ]
+    assert_same_run(runs[1], runs[0])
+
+
+def test_bisection_on_two_ranks(megatron, one_rank) -> None:  # type: ignore[no-untyped-def]
+    argv = ["--spectral-mup-init", "--train-iters", "20", "--sso-solver", "bisection"]
+    runs = [megatron.train(tiny(*argv, tp=tp), tp, calls=("probes:weights",)) for tp in (1, 2)]
+    assert_same_run(runs[1], runs[0])
+    # The two solvers find the same root: the runs stay together.
+    assert_same_run(runs[0], one_rank["sso"], losses=1e-3, weights=2e-2)
+
+
+def test_moe_with_expert_parallelism(megatron) -> None:  # type: ignore[no-untyped-def]
+    argv = tiny(*MOE, "--spectral-mup-init", "--train-iters", "10")
+    single = megatron.train(argv, calls=("probes:weights",))
+    ep2 = megatron.train([*argv, "--expert-model-parallel-size", "2"], 2, calls=("probes:weights",))
+    assert_same_run(ep2, single)
+    experts = {n for n in single.merged("final") if "local_experts" in n}
+    assert len(experts) == 4 * 3, "gate, up and down of four experts"
+    assert any("router" in n for n in single.merged("final"))
+    assert any("shared_experts" in n for n in single.merged("final"))
+
+
+def test_initial_weights_do_not_depend_on_the_layout(one_rank, megatron) -> None:  # type: ignore[no-untyped-def]
+    initial = one_rank["sso"].merged("initial")
+    for ranks, tp, flags in ((2, 2, []), (2, 1, ["--pipeline-model-parallel-size", "2"])):
+        argv = tiny("--spectral-mup-init", "--lr-warmup-iters", 0, "--train-iters", 1, *flags, tp=tp)
+        found = megatron.run(argv, ranks, calls=("probes:weights",)).merged("initial")
+        assert found.keys() == initial.keys()
+        for name, weight in initial.items():
+            torch.testing.assert_close(found[name], weight, rtol=0, atol=0)
+    for name, weight in initial.items():
+        norm = torch.linalg.svdvals(weight.double())[0].item()
+        assert abs(norm / math.sqrt(weight.shape[0] / weight.shape[1]) - 1) < 1e-3, name
+
+
+def test_trained_weights_are_on_the_sphere(one_rank) -> None:  # type: ignore[no-untyped-def]
+    """Every logical matrix after a retraction, by exact SVD; and the summary says the same."""
+    for run in one_rank.values():
+        worst = 0.0
+        for weight, radius in run.merged("retracted").values():
+            assert radius == pytest.approx(math.sqrt(weight.shape[0] / weight.shape[1]))
+            norm = torch.linalg.svdvals(weight.double())[0].item()
+            worst = max(worst, abs(norm - radius) / radius)
+        assert worst <= 1e-3
+        assert run.summary["max_radius_error"] == pytest.approx(worst, abs=1e-6)
+
+
+ATTENTION = [f"decoder.layers.{i}.self_attention" for i in (0, 1)]
+MLP = [f"decoder.layers.{i}.mlp" for i in (0, 1)]
+EXPECTED_MATRICES = {
+    **{f"{layer}.linear_qkv.weight[q{head}]": (16, 64) for layer in ATTENTION for head in range(4)},
+    **{
+        f"{layer}.linear_qkv.weight[{kv}]": (16, 64)
+        for layer in ATTENTION
+        for kv in ("k0", "k1", "v0", "v1")
+    },
+    **{f"{layer}.linear_proj.weight": (64, 64) for layer in ATTENTION},
+    **{f"{layer}.linear_fc1.weight[{half}]": (96, 64) for layer in MLP for half in ("gate", "up")},
+    **{f"{layer}.linear_fc2.weight": (64, 96) for layer in MLP},
+}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tp", "flags"),
+    [
+        (1, 1, []),
+        (2, 2, []),
+        (2, 1, ["--pipeline-model-parallel-size", "2"]),
+        (1, 1, ["--bf16"]),
+        (2, 2, ["--bf16"]),
+    ],
+    ids=["one", "tp2", "pp2", "bf16", "tp2-bf16"],
+)
+def test_every_logical_matrix_is_found(megatron, ranks, tp, flags) -> None:  # type: ignore[no-untyped-def]
+    """Names and global shapes; in bf16 they are found through the fp32 master weights."""
+    run = megatron.run(tiny(*flags, tp=tp), ranks, calls=("probes:settings",))
+    matrices: dict[str, tuple[int, int]] = {}
+    for part in run.saved("settings"):
+        matrices |= part["matrices"]
+        assert part["dtypes"] == {"torch.float32"}
+    assert matrices == EXPECTED_MATRICES
+
+
+def test_everything_else_goes_to_adamw(megatron) -> None:  # type: ignore[no-untyped-def]
+    routes = megatron.run(tiny(*MOE), calls=("probes:settings",)).saved("settings")[0]["routes"]
+    for name, optimizer in routes.items():
+        is_matrix = "linear" in name or "router" in name
+        is_matrix &= "norm" not in name
+        assert optimizer == ("SSO" if is_matrix else "AdamW"), name
+
+
+def test_bf16_splits_and_retracts_on_two_ranks(megatron) -> None:  # type: ignore[no-untyped-def]
+    argv = ["--bf16", "--spectral-mup-init", "--train-iters", "10"]
+    runs = [megatron.train(tiny(*argv, tp=tp), tp, calls=("probes:weights",)) for tp in (1, 2)]
+    # bf16 activations carry 8 bits, so losses differ by about 2^-9 of themselves; weights move by
+    # ten steps of at most 1e-2 each.
+    assert_same_run(runs[1], runs[0], losses=4e-3, weights=0.1)
+    for run in runs:
+        assert run.summary["max_radius_error"] <= 1e-3
+        assert len(run.merged("final")) == len(EXPECTED_MATRICES)
+
+
+def test_collectives_do_not_grow_with_layers(megatron) -> None:  # type: ignore[no-untyped-def]
+    counts = []
+    for layers in (2, 6):
+        argv = tiny("--num-layers", layers, tp=2)
+        run = megatron.run(argv, 2, calls=("probes:count_collectives",))
+        counts.append([len(step) for step in run.saved("collectives")[0]])
+    assert counts[0] == counts[1] == [3] * 4, "gate and up, down, output projection"
+
+
+def test_checkpoint_restores_momentum_and_training_goes_on(megatron) -> None:  # type: ignore[no-untyped-def]
+    argv = tiny("--spectral-mup-init", "--train-iters", 12, "--ckpt-format", "torch_dist", tp=2)
+    straight = megatron.train(argv, 2)
+    save = ["--save", "ckpt", "--save-interval", "6", "--exit-interval", "6"]
+    first = megatron.train([*argv, *save], 2, calls=("probes:weights",))
+    load = ["--load", str(first.folder / "ckpt")]
+    second = megatron.train([*argv, *load], 2, calls=("probes:loaded_momentum",))
+    saved, loaded = first.merged("momentum"), second.merged("loaded")
+    assert saved.keys() == loaded.keys() == EXPECTED_MATRICES.keys()
+    for name in saved:
+        assert saved[name].any()
+        torch.testing.assert_close(loaded[name], saved[name], rtol=0, atol=0)
+    # Caches are found again from the weights, so the continuation is close, not bit-exact.
+    for got, expected in zip(first.losses + second.losses, straight.losses, strict=True):
+        assert abs(got - expected) <= 1e-3 * expected

@@ -1,0 +1,92 @@
+"""A process that has imported Megatron once and forks real ranks on request.
+
+Importing torch and Megatron takes some ten seconds; a fork takes none. Each request is one JSON line on
+standard input, each answer one on standard output. Ranks are processes of their own with their own
+rendezvous over Gloo, exactly as torchrun would start them.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def load(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def run_rank(rank: int, request: dict[str, Any]) -> int:
+    """What a child does: environment, output, then the request's functions."""
+    folder = Path(request["folder"])
+    log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    size = str(request["ranks"])
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size}
+    os.environ |= {"LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(request["port"])}
+    os.chdir(folder)
+    sys.argv = ["pretrain_gpt.py", *request["argv"]]
+    code = 1
+    try:
+        for name in request["calls"]:
+            load(name)()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def serve(request: dict[str, Any]) -> list[int | None]:
+    """Fork the ranks and wait; once one has failed the others get some seconds, then SIGKILL."""
+    children = {}
+    for rank in range(request["ranks"]):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(run_rank(rank, request))
+        children[pid] = rank
+    codes: list[int | None] = [None] * request["ranks"]
+    deadline = time.monotonic() + request["timeout"]
+    while any(code is None for code in codes):
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[children[pid]] = os.waitstatus_to_exitcode(status)
+            if codes[children[pid]]:
+                deadline = min(deadline, time.monotonic() + 20)
+        elif time.monotonic() > deadline:
+            for child, rank in children.items():
+                if codes[rank] is None:
+                    os.kill(child, signal.SIGKILL)
+        else:
+            time.sleep(0.02)
+    return codes
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what imports print must not be taken for an answer
+    from sso_megatron.mcore import enter
+
+    enter()
+    for name in ("training", "training.models", "training.argument_utils", "core.datasets.gpt_dataset"):
+        importlib.import_module(f"megatron.{name}")
+    for name in ("sso_megatron.mcore.recorder", "sso_megatron.cli.pretrain_gpt", "probes"):
+        importlib.import_module(name)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(serve(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
