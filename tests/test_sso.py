@@ -274,6 +274,27 @@ def test_weight_of_norm_zero_is_named() -> None:
         SSO([("first", param)]).step()
 
 
+def test_weights_that_are_not_finite_are_named() -> None:
+    param = torch.nn.Parameter(torch.full((4, 6), torch.nan))
+    param.grad = torch.ones(4, 6)
+    with pytest.raises(ValueError, match=r"first: a weight of spectral norm 0 \(or not finite\)"):
+        SSO([("first", param)]).step()
+
+
+def test_nan_gradients_spoil_their_own_matrix_alone() -> None:
+    """As with every torch optimizer NaN in is NaN out, without an exception that one rank sees alone."""
+    params = [torch.nn.Parameter(torch.randn(8, 12)) for _ in range(2)]
+    optimizer = SSO(params)
+    for step in range(4):
+        for p in params:
+            p.grad = torch.randn(8, 12)
+        if step == 1:
+            params[0].grad[2, 3] = torch.nan
+        optimizer.step()
+    assert params[0].isnan().all()
+    assert torch.isfinite(params[1]).all()
+
+
 def test_bfloat16_parameters_keep_a_float32_momentum() -> None:
     param = torch.nn.Parameter(torch.randn(8, 12).bfloat16())
     optimizer = SSO([param])

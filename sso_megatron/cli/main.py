@@ -18,3 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data.add_parser(subparsers)
     options = parser.parse_args(argv)
     return int(options.run(options))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

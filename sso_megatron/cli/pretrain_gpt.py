@@ -18,7 +18,7 @@ _FIELDS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 
 
 def main() -> None:
-    """Train as the command line says, then write the records if ``--spectral-run-dir`` is given."""
+    """Train as the command line says."""
     entry.enter()
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -28,32 +28,18 @@ def main() -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from sso_megatron.mcore import recorder
-
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     _refuse_packed_data(args)
-    run = recorder.start(args) if args.spectral_run_dir else None
     # Every rank builds the data that it reads; Megatron asks the provider whether that is so.
     build_datasets.is_distributed = True  # type: ignore[attr-defined]
-    stop = None
-    try:
-        pretrain(
-            pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-            build_datasets,
-            ModelType.encoder_or_decoder,
-            forward_step,
-            get_embedding_ranks=partial(_embedding_ranks, args),
-        )
-    except SystemExit as early:  # --exit-interval and its like end Megatron's loop this way
-        if early.code:
-            raise
-        stop = early
-    if run is not None:
-        run.finish()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    if stop is not None:
-        raise stop
+    pretrain(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        build_datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        get_embedding_ranks=partial(_embedding_ranks, args),
+    )
+    torch.distributed.destroy_process_group()
 
 
 def _refuse_packed_data(args: Any) -> None:

@@ -46,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from sso_megatron import mcore  # late: it imports torch and Megatron, and errors come first
 
-    mcore.enter()
     script = os.path.abspath(arguments[0])
+    # Before Megatron is imported: a script in a checkout must find the checkout's Megatron.
     sys.path.insert(0, os.path.dirname(script))
     sys.argv = arguments
+    mcore.enter()
     runpy.run_path(script, run_name="__main__")
     return 0

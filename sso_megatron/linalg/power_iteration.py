@@ -61,7 +61,8 @@ def power_iteration(W: Tensor, basis: Tensor, *, degree: int, num_passes: int = 
             basis = torch.linalg.qr(_chebyshev_filter(tall, basis, degree)).Q
         image = tall @ basis
         # Ascending order; sigma^2 is accurate to rounding for the large Ritz values, which matter.
-        _, rotation = torch.linalg.eigh(image.mT @ image)
+        # A matrix with NaN gives NaN results: eigh would raise, and not on every rank of a group.
+        _, rotation = torch.linalg.eigh((image.mT @ image).nan_to_num(posinf=0.0, neginf=0.0))
         basis, image = basis @ rotation, image @ rotation
     long_vector = image[..., -1]
     sigma = torch.linalg.vector_norm(long_vector, dim=-1)

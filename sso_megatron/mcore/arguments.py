@@ -68,7 +68,7 @@ def configs_from(args: argparse.Namespace) -> tuple[SSOConfig, SpectralConfig]:
             made[prefix] = config_type(**values)
         except ValueError as error:
             name, _, rest = str(error).partition("=")
-            raise ValueError(f"--{prefix}-{name.replace('_', '-')} {rest}") from None
+            raise ValueError(f"{_flags(prefix, [name])} {rest}") from None
     return made["sso"], made["spectral"]
 
 
@@ -83,17 +83,44 @@ def check_request(args: argparse.Namespace) -> None:
         "use_torch_fsdp2": "FSDP cuts matrices where no spectral step can see them; leave it out",
         "use_megatron_fsdp": "FSDP cuts matrices where no spectral step can see them; leave it out",
         "optimizer_cpu_offload": "the spectral step runs on the device; leave it out",
+        "use_mup": "the spectral radii already scale with the width; leave it out",
         "use_distributed_optimizer": "not supported with spectral optimizers yet; leave it out",
     }
     for name, rule in refused.items():
         if getattr(args, name, False):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} with --optimizer {args.optimizer}: {rule}")
-    if args.optimizer == "muon_sphere" and args.sso_tangent == "project":
-        raise ValueError(
-            "--sso-tangent project with --optimizer muon_sphere: MuonSphere does not look at the "
-            "tangent space; leave it out, or use --optimizer sso"
-        )
+    if args.optimizer == "muon_sphere":
+        idle = [n for n in _changed(args, "sso", SSOConfig) if n == "tangent" or n.startswith("solver")]
+        if idle:
+            raise ValueError(
+                f"{_flags('sso', idle)} with --optimizer muon_sphere: MuonSphere does not look at "
+                "the tangent space; leave it out, or use --optimizer sso"
+            )
+
+
+def refuse_idle_flags(args: argparse.Namespace) -> None:
+    """Refuse our flags with an optimizer that does not read them.
+
+    Raises:
+        ValueError: with the flags and the way out.
+    """
+    for prefix, config_type in CONFIGS.items():
+        changed = _changed(args, prefix, config_type)
+        if changed:
+            raise ValueError(
+                f"{_flags(prefix, changed)} with --optimizer {args.optimizer}: has no effect; leave it "
+                f"out, or use --optimizer {' or '.join(OPTIMIZERS)}"
+            )
+
+
+def _changed(args: argparse.Namespace, prefix: str, config_type: type) -> list[str]:
+    fields = dataclasses.fields(config_type)
+    return [f.name for f in fields if getattr(args, f"{prefix}_{f.name}") != f.default]
+
+
+def _flags(prefix: str, names: list[str]) -> str:
+    return " ".join(f"--{prefix}-{name.replace('_', '-')}" for name in names)
 
 
 def check_and_register(args: argparse.Namespace) -> None:
@@ -105,11 +132,11 @@ def check_and_register(args: argparse.Namespace) -> None:
     is_spectral = args.optimizer in OPTIMIZERS
     if is_spectral:
         check_request(args)
-    elif args.spectral_mup_init:
-        raise ValueError(
-            f"--spectral-mup-init with --optimizer {args.optimizer}: it needs the radii of a "
-            f"spectral optimizer; use one of {', '.join(OPTIMIZERS)}"
-        )
+    else:
+        refuse_idle_flags(args)
+    run_dir = args.spectral_run_dir
+    if run_dir is not None and os.path.exists(run_dir) and not os.path.isdir(run_dir):
+        raise ValueError(f"--spectral-run-dir {run_dir}: is no folder; name one, or a new path")
     sso, shared = configs_from(args)
     if is_spectral:
         register(sso, shared)

@@ -6,6 +6,8 @@ A new Megatron version means reading this file, not the rest.
 import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 SUPPORTED_MEGATRON = ((0, 19), (0, 20))
@@ -20,18 +22,37 @@ class UnsupportedError(ValueError):
 
 def check_versions() -> None:
     """Raise UnsupportedError unless megatron-core and emerging-optimizers are of a tested version."""
-    _check("megatron-core", SUPPORTED_MEGATRON, "megatron-core[training]")
-    _check("emerging-optimizers", SUPPORTED_EMERGING, "emerging-optimizers")
+    _check("megatron-core", _megatron_version(), SUPPORTED_MEGATRON, "megatron-core[training]")
+    try:
+        emerging = version("emerging-optimizers")
+    except PackageNotFoundError:
+        emerging = None
+    _check("emerging-optimizers", emerging, SUPPORTED_EMERGING, "emerging-optimizers")
 
 
-def _check(package: str, supported: tuple[tuple[int, int], tuple[int, int]], install: str) -> None:
+def _megatron_version() -> str | None:
+    """Version of the ``megatron.core`` that an import would find; a checkout may hide the wheel.
+
+    It is read from the file: importing Megatron here would be too early for the CPU rehearsal.
+    """
+    try:
+        spec = find_spec("megatron.core")
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None:
+        return None
+    text = (Path(spec.origin).parent / "package_info.py").read_text()
+    return ".".join(re.findall(r"^(?:MAJOR|MINOR|PATCH) = (\d+)", text, re.MULTILINE))
+
+
+def _check(
+    package: str, found: str | None, supported: tuple[tuple[int, int], tuple[int, int]], install: str
+) -> None:
     (low_major, low_minor), (high_major, high_minor) = supported
     wanted = f">={low_major}.{low_minor},<{high_major}.{high_minor}"
     way_out = f"pip install '{install}{wanted}'"
-    try:
-        found = version(package)
-    except PackageNotFoundError:
-        raise UnsupportedError(f"{package} is not installed; {way_out}") from None
+    if found is None:
+        raise UnsupportedError(f"{package} is not installed; {way_out}")
     numbers = re.match(r"(\d+)\.(\d+)", found)
     if not numbers or not supported[0] <= (int(numbers[1]), int(numbers[2])) < supported[1]:
         raise UnsupportedError(f"{package} {found} is not supported, {wanted} is; {way_out}")

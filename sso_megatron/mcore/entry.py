@@ -1,6 +1,6 @@
 """One call that makes Megatron know this package, before Megatron is imported."""
 
-from sso_megatron.mcore import arguments, compat, cpu
+from sso_megatron.mcore import arguments, compat, cpu, recorder
 
 
 def enter() -> None:
@@ -18,3 +18,4 @@ def enter() -> None:
         cpu.start_rehearsal()
     cpu.skip_helper_compilation()
     arguments.install()
+    recorder.install()

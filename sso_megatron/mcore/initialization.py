@@ -31,7 +31,9 @@ def initialize_by_name(
     Each weight is drawn whole, with the model's own initialiser and a random state that its name
     gives, then cut: the result is the same for every TP, PP, EP and DP size on one kind of device.
     Every logical matrix of a spectral weight is scaled to ``||W||_2 = R`` (spectral muP, arXiv
-    2601.08393). Norm weights and biases stay as Megatron made them. No collective.
+    2601.08393). Norm weights and biases stay as Megatron made them.
+
+    Collectives: one broadcast of the seed over the world.
 
     Args:
         parameters: this rank's parameters.
@@ -40,7 +42,7 @@ def initialize_by_name(
         shared: granularity of the logical matrices.
     """
     spectral_ids = {id(p.param) for p in spectral}
-    seed = _seed()
+    seed = _shared_seed()
     for p in parameters:
         if p.param.ndim != 2:
             continue
@@ -50,11 +52,11 @@ def initialize_by_name(
         p.param.copy_(_cut(whole, p))
 
 
-def _seed() -> int:
-    """The training's ``--seed``: Megatron seeds torch with it plus the pipeline stage's offset."""
-    from megatron.training import get_args
-
-    return int(get_args().seed)
+def _shared_seed() -> int:
+    """The seed that torch has on the first rank: Megatron adds the pipeline stage's number to it."""
+    seed = [torch.initial_seed()]
+    torch.distributed.broadcast_object_list(seed, src=0)
+    return seed[0]
 
 
 def _draw(p: ModelParameter, seed: int) -> Tensor:
@@ -66,7 +68,7 @@ def _draw(p: ModelParameter, seed: int) -> Tensor:
     whole = torch.empty(rows, columns, dtype=torch.float32, device=device)
     name, config = p.name, p.config
     is_vocabulary = not p.is_matrix
-    if name.endswith("output_layer.weight") and not _is_untied():
+    if name.endswith("output_layer.weight") and getattr(p.param, "shared_embedding", False):
         name = "embedding.word_embeddings.weight"  # the last stage's copy of the tied embedding
     init = config.init_method
     if is_vocabulary and name.startswith("embedding."):
@@ -74,16 +76,10 @@ def _draw(p: ModelParameter, seed: int) -> Tensor:
     elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         init = config.output_layer_init_method
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed + zlib.crc32(name.encode()))
+        torch.manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
         for block in whole.split(_VOCABULARY_ROWS if is_vocabulary else rows):
             init(block)
     return whole
-
-
-def _is_untied() -> bool:
-    from megatron.training import get_args
-
-    return bool(get_args().untie_embeddings_and_output_weights)
 
 
 def _put_on_sphere_(whole: Tensor, p: ModelParameter, sso: SSOConfig, shared: SpectralConfig) -> None:

@@ -47,9 +47,13 @@ class ModelParameter:
 
     @property
     def is_matrix(self) -> bool:
-        """Megatron's own rule for what an emerging optimizer takes: 2-D, no embedding, no head."""
+        """Whether a spectral optimizer takes it: 2-D, no embedding of any kind, no output layer.
+
+        Megatron's own rule, which would orthogonalise learned position embeddings, less those.
+        """
         is_vocabulary = getattr(self.param, "is_embedding_or_output_parameter", False)
-        return self.param.ndim == 2 and not is_vocabulary
+        is_embedding = is_vocabulary or self.name.startswith("embedding.")
+        return self.param.ndim == 2 and not is_embedding
 
 
 def model_parameters(model_chunks: Iterable[Any], pg_collection: Any) -> Iterator[ModelParameter]:
@@ -181,8 +185,7 @@ class LayoutTable:
         """
         if id(param) not in self._by_id:  # master copies appear later than the table
             for owner, layout in self._layouts:
-                self._by_id[id(owner)] = layout
-                self._by_id[id(getattr(owner, "main_param", None))] = layout
+                self._by_id[id(getattr(owner, "main_param", owner))] = layout
         if id(param) not in self._by_id:
             raise KeyError(f"a parameter of shape {tuple(param.shape)} is no matrix of this model")
         return self._by_id[id(param)]

@@ -18,19 +18,36 @@ from sso_megatron.mcore.registration import live_optimizers
 from sso_megatron.optimizers.sso import SSO
 
 
-def start(args: Any) -> "Recorder":
-    """Hook into Megatron's training loop; call it before ``pretrain``.
-
-    Raises:
-        ValueError: the folder exists as a file.
-    """
+def install() -> None:
+    """Hook into Megatron's ``pretrain``, which then keeps records if ``--spectral-run-dir`` is given."""
+    import megatron.training
     from megatron.training import training
 
-    recorder = Recorder(Path(args.spectral_run_dir), args.log_interval)
-    compat.wrap(training, "training_log", recorder.around_training_log)
-    compat.wrap(training, "evaluate", recorder.around_evaluate)
-    compat.wrap(training, "train", recorder.around_train)
-    return recorder
+    # A script takes pretrain from either module.
+    compat.wrap(training, "pretrain", _with_records)
+    megatron.training.pretrain = training.pretrain
+
+
+def _with_records(original: Callable[..., Any]) -> Callable[..., Any]:
+    def pretrain(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args, training
+
+        options = get_args()
+        if not getattr(options, "spectral_run_dir", None):
+            return original(*args, **kwargs)
+        recorder = Recorder(Path(options.spectral_run_dir), options.log_interval)
+        for name in ("train", "training_log", "evaluate", "evaluate_and_print_results"):
+            compat.wrap(training, name, getattr(recorder, f"around_{name}"))
+        try:
+            result = original(*args, **kwargs)
+        except SystemExit as stop:  # how --exit-interval and its like end Megatron's loop
+            if not stop.code:
+                recorder.finish()
+            raise
+        recorder.finish()
+        return result
+
+    return pretrain
 
 
 class Recorder:
@@ -41,8 +58,6 @@ class Recorder:
 
     def __init__(self, folder: Path, log_interval: int) -> None:
         """Take the folder to write to, which is made if it is missing."""
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--spectral-run-dir {folder}: is a file; name a folder")
         self.folder = folder
         self.log_interval = log_interval
         self.optimizers: list[SSO] = []
@@ -50,6 +65,7 @@ class Recorder:
         self.loss_curve: list[float] = []
         self.val_loss: float | None = None
         self.seconds = 0.0
+        self._is_test = False
         self.iterations = 0
 
     def around_train(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,12 +93,21 @@ class Recorder:
 
         return training_log
 
+    def around_evaluate_and_print_results(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Note whether it is the test set that is evaluated: Megatron does that last."""
+
+        def evaluate_and_print_results(prefix: str, *args: Any, **kwargs: Any) -> Any:
+            self._is_test = "test set" in prefix
+            return original(prefix, *args, **kwargs)
+
+        return evaluate_and_print_results
+
     def around_evaluate(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Keep the loss of the last evaluation."""
+        """Keep the loss of the last evaluation of the validation set."""
 
         def evaluate(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            if result[0] and "lm loss" in result[0]:
+            if not self._is_test and result[0] and "lm loss" in result[0]:
                 self.val_loss = float(result[0]["lm loss"])
             return result
 

@@ -20,8 +20,8 @@ OPTIMIZERS: dict[str, type[SSO]] = {"sso": SSO, "muon_sphere": MuonSphere}
 live_optimizers: "weakref.WeakSet[SSO]" = weakref.WeakSet()
 """Spectral optimizers that Megatron has built in this process, for metrics."""
 
-# The parameters' tag: how prepare_model, which sees global names, tells the routing rule below.
-_EXCLUDED = "_spectral_excluded"
+# The tag by which prepare_model, which sees global names, tells the routing rule what to take.
+_SPECTRAL = "_is_spectral"
 
 
 def register(sso: SSOConfig | None = None, shared: SpectralConfig | None = None) -> None:
@@ -67,8 +67,7 @@ def _overrides(sso: SSOConfig) -> dict[Any, dict[str, Any]]:
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
     def is_spectral(param: torch.nn.Parameter) -> bool:
-        is_vocabulary = getattr(param, "is_embedding_or_output_parameter", False)
-        return param.ndim == 2 and not is_vocabulary and not getattr(param, _EXCLUDED, False)
+        return getattr(param, _SPECTRAL, False)
 
     def is_not_spectral(param: torch.nn.Parameter) -> bool:
         return not is_spectral(param)
@@ -133,23 +132,25 @@ def prepare_model(
     """
     parameters = list(model_parameters(model_chunks, pg_collection))
     matrices = [p for p in parameters if p.is_matrix]
-    _exclude(matrices, shared.exclude)
-    spectral = [p for p in matrices if not getattr(p.param, _EXCLUDED)]
+    excluded = _excluded_names(matrices, shared.exclude)
+    spectral = [p for p in matrices if p.name not in excluded]
     table = [(p.param, layout_of(p, shared)) for p in spectral]
+    for p in parameters:
+        setattr(p.param, _SPECTRAL, False)
+    for p in spectral:
+        setattr(p.param, _SPECTRAL, True)
     if shared.mup_init:
         initialize_by_name(parameters, spectral, sso, shared)
     return LayoutTable(table)
 
 
-def _exclude(matrices: list[ModelParameter], patterns: tuple[str, ...]) -> None:
-    matched = set()
-    for p in matrices:
-        hits = {pattern for pattern in patterns if re.search(pattern, p.name)}
-        matched |= hits
-        setattr(p.param, _EXCLUDED, bool(hits))
+def _excluded_names(matrices: list[ModelParameter], patterns: tuple[str, ...]) -> set[str]:
+    """Names that a pattern is found in; a pattern that no rank has a match for is an error."""
+    hits = {pattern: {p.name for p in matrices if re.search(pattern, p.name)} for pattern in patterns}
     if not patterns:
-        return
+        return set()
     # A pattern may match on another pipeline stage or expert-parallel rank alone.
+    matched = {pattern for pattern, names in hits.items() if names}
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, matched)
     unused = [p for p in patterns if not any(p in ranks for ranks in everywhere)]
@@ -159,3 +160,4 @@ def _exclude(matrices: list[ModelParameter], patterns: tuple[str, ...]) -> None:
             f"--spectral-exclude {' '.join(map(repr, unused))} matches no matrix of the model; "
             f"names on this rank:\n  {names}"
         )
+    return set().union(*hits.values())

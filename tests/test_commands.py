@@ -1,0 +1,103 @@
+"""The commands as users type them: torchrun with either module, and ``sso-megatron first-run``."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HERE, tiny
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def torchrun(ranks: int, args: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+    ]
+    return subprocess.run(
+        [*command, "-m", *args], capture_output=True, text=True, cwd=folder, env=ENVIRONMENT, timeout=300
+    )
+
+
+def printed_losses(output: str) -> list[float]:
+    return [float(x) for x in re.findall(r"lm loss: (\S+)", output)]
+
+
+def test_an_unmodified_script_and_ours_train_alike(tmp_path: Path) -> None:
+    """A user's own script with one changed flag, over two ranks, prints what our script prints."""
+    argv = tiny("--spectral-mup-init", "--train-iters", 6, "--eval-iters", 1, tp=2)
+    script = ["sso_megatron.run", str(HERE / "their_pretrain.py")]
+    theirs = torchrun(2, [*script, *argv, "--spectral-run-dir", "theirs"], tmp_path)
+    assert theirs.returncode == 0, theirs.stderr[-4000:]
+    split = ["--split", "98,1,1"]
+    ours = torchrun(2, ["sso_megatron.pretrain_gpt", *argv, *split, "--spectral-run-dir", "ours"], tmp_path)
+    assert ours.returncode == 0, ours.stderr[-4000:]
+    for ended in (theirs, ours):
+        banner = [line for line in ended.stdout.splitlines() if "no CUDA device found" in line]
+        assert len(banner) == 1 and "rehearsing Megatron on the CPU over Gloo" in banner[0]
+    losses = printed_losses(ours.stdout)
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert printed_losses(theirs.stdout) == pytest.approx(losses, rel=1e-5)
+    summaries = [json.loads((tmp_path / who / "summary.json").read_text()) for who in ("theirs", "ours")]
+    for summary in summaries:
+        assert summary["first_loss"] == pytest.approx(losses[0], rel=1e-6)
+        assert summary["max_radius_error"] <= 1e-3
+    (validation,) = re.findall(r"on validation set \| lm loss value: (\S+)", ours.stdout)
+    assert summaries[1]["val_loss"] == pytest.approx(float(validation), rel=1e-6)
+
+
+def test_failing_ranks_do_not_hang(tmp_path: Path) -> None:
+    ended = torchrun(2, ["sso_megatron.pretrain_gpt", *tiny("--fp16", tp=2)], tmp_path)
+    assert ended.returncode != 0
+    assert sum("sso_megatron: error:" in line for line in ended.stderr.splitlines()) == 1
+
+
+def test_first_run(tmp_path: Path) -> None:
+    """The main job, shortened: data, training, evaluation, picture, checkpoint, one JSON line."""
+    command = [sys.executable, "-m", "sso_megatron.cli.main", "first-run"]
+    ended = subprocess.run(
+        [*command, "--iterations", "12", "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        timeout=400,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    summary = json.loads(ended.stdout.splitlines()[-1])
+    assert list(summary) == [
+        *("first_loss", "last_loss", "val_loss", "max_radius_error", "iterations", "seconds")
+    ]
+    assert 5.0 < summary["first_loss"] < 6.5, "about ln 264"
+    assert summary["last_loss"] < 0.8 * summary["first_loss"]
+    assert 1.0 < summary["val_loss"] < summary["first_loss"]
+    assert summary["max_radius_error"] <= 1e-3
+    assert summary["iterations"] == 12
+    (folder,) = tmp_path.glob("sso-*")
+    assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "checkpoint" / "iter_0000012" / "metadata.json").exists()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in records] == list(range(1, 13))
+    assert all(0.9 < r["median_norm_over_radius"] < 1.1 for r in records if "lr" in r)
+
+
+def test_a_failed_run_shows_why(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sso_megatron.cli.main", "first-run", "--output", str(tmp_path)]
+    ended = subprocess.run(
+        [*command, "--", "--sso-momentum", "2"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+    )
+    assert ended.returncode != 0
+    assert "sso_megatron: error: --sso-momentum 2.0 must lie in [0, 1)" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "{" not in ended.stdout.splitlines()[-1]

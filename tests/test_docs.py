@@ -1,0 +1,358 @@
+"""The documentation: blocks run, commands exist, flags parse, tables equal the code, links resolve."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from sso_megatron.optimizers.config import setting
+
+pytest.importorskip("megatron.core")
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+MEGATRON = {"-m sso_megatron.pretrain_gpt", "-m sso_megatron.run"}
+
+pages = pytest.mark.parametrize("page", PAGES, ids=IDS)
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """Fenced blocks of these languages, in order."""
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [body for language, body in found if language in languages]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every shell command as a list of words; the added lines of a diff are commands, too."""
+    lines = []
+    for block in blocks(page, "bash", "console"):
+        lines += block.replace("\\\n", " ").splitlines()
+    for block in blocks(page, "diff"):
+        lines += [line[1:] for line in block.splitlines() if line.startswith("+")]
+    return [words for line in lines if (words := shlex.split(line.removeprefix("$ "), comments=True))]
+
+
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+PYTHON = [page for page in PAGES if blocks(page, "python")]
+
+
+def test_every_fence_has_a_language_that_is_checked_or_plain() -> None:
+    for page in PAGES:
+        languages = re.findall(r"^```(\w*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert len(languages) % 2 == 0, f"{page}: a block is not closed"
+        assert set(languages[::2]) <= {"python", "bash", "console", "diff", ""}, page
+        assert set(languages[1::2]) <= {""}, page
+
+
+# ---------------------------------------------------------------- Python blocks
+
+
+def execute(page: Path) -> dict[str, Any]:
+    """Run a page's blocks in order in one namespace; the line numbers are those of the block."""
+    namespace: dict[str, Any] = {"__name__": "__docs__"}
+    for number, block in enumerate(blocks(page, "python"), 1):
+        exec(compile(block, f"{page.name}, Python block {number}", "exec"), namespace)
+    return namespace
+
+
+def execute_from_command_line() -> None:
+    """What a rank of the zygote runs: the page that is its argument."""
+    losses = execute(Path(sys.argv[1]))["losses"]
+    assert losses[-1] < 0.95 * losses[0], losses
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=[str(p.relative_to(ROOT)) for p in PYTHON])
+def test_python_blocks(page, megatron, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    if any("megatron.core" in block for block in blocks(page, "python")):
+        # It makes process groups and redirects CUDA: not in this process.
+        megatron.run([str(page)], main="test_docs:execute_from_command_line")
+        return
+    monkeypatch.chdir(tmp_path)
+    losses = execute(page).get("losses")
+    assert losses is None or losses[-1] < 0.5 * losses[0], "the example learns"
+
+
+# ---------------------------------------------------------------- commands
+
+
+def first_run_flags(words: list[str]) -> list[str]:
+    """Megatron's flags of ``sso-megatron first-run ...``; exits if the command itself is wrong."""
+    from sso_megatron.cli import first_run
+
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    first_run.add_parser(parser.add_subparsers())
+    options = parser.parse_args(["first-run", *words])
+    flags = first_run._flags(options.optimizer, options.iterations, Path("run"), 2)
+    return [*flags, "--mock-data", *options.extra]
+
+
+def make_variables(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    targets = [word for word in words if "=" not in word]
+    return targets, dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def check_make(words: list[str]) -> None:
+    targets, variables = make_variables(words)
+    assert targets, "name a target"
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for name in variables:
+        assert re.search(rf"^{name} \?=", makefile, re.MULTILINE), f"the Makefile has no {name}"
+    # -n shows what would be done, and does nothing.
+    result = subprocess.run(
+        ["make", "-n", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def check_sso_megatron(words: list[str]) -> None:
+    """Run ``data``; words that name a file which only an example has are parsed alone."""
+    from sso_megatron.cli import data
+    from sso_megatron.cli.main import main
+
+    if words[0] == "first-run":
+        first_run_flags(words[1:])
+        return
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    data.add_parser(parser.add_subparsers())
+    options = parser.parse_args(words)
+    if options.tokenizer == "byte":
+        assert main(words) == 0
+        assert Path(f"{options.output}.json").is_file()
+
+
+def check_pip(words: list[str]) -> None:
+    assert words[0] == "install"
+    rest = " ".join(words[1:])
+    assert not re.search(r"(?<![\w/])apex\b", rest), "apex on the package index is another package"
+    for extra in re.findall(r"\.\[(\w+)\]", rest):
+        assert re.search(rf'^        "{extra}": \[', (ROOT / "setup.py").read_text(), re.MULTILINE), extra
+
+
+def check_script(words: list[str]) -> None:
+    """``python docs/generate.py``, ``bash .ci/run``: the file is there."""
+    assert (ROOT / words[0]).is_file()
+
+
+def check_elsewhere(words: list[str]) -> None:
+    """What an installation of somebody else's software needs; not ours to try."""
+
+
+CHECKS = {
+    "make": check_make,
+    "sso-megatron": check_sso_megatron,
+    "pip": check_pip,
+    "python": check_script,
+    "bash": check_script,
+    "git": check_elsewhere,
+    "cd": check_elsewhere,
+    "torchrun": check_elsewhere,  # test_flags_parse and test_a_documented_run have them all
+}
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), COMMANDS, ids=[f"{page.name}: {shlex.join(words)[:50]}" for page, words in COMMANDS]
+)
+def test_commands(page, words, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    for name in ("README.md", "docs"):  # input files that data.md names
+        (tmp_path / name).symlink_to(ROOT / name)
+    assert words[0] in CHECKS, f"test_docs.py does not know {words[0]!r}; teach it"
+    try:
+        CHECKS[words[0]](words[1:])
+    except (SystemExit, argparse.ArgumentError) as error:
+        pytest.fail(f"{shlex.join(words)}: {error}")
+
+
+# ---------------------------------------------------------------- Megatron's command line
+
+
+def torchrun_flags(words: list[str]) -> tuple[int, list[str]]:
+    """Number of ranks, and the flags behind our module (and the script of ``run``)."""
+    line = " ".join(words)
+    module = next((m for m in MEGATRON if f" {m} " in line), None)
+    assert module, f"{line}: torchrun must start one of {', '.join(sorted(MEGATRON))}"
+    before, after = line.split(f" {module} ")
+    ranks = re.search(r"--nproc-per-node[ =](\d+)", before)
+    assert ranks, f"{line}: say --nproc-per-node"
+    flags = after.split(" ")
+    if module.endswith(".run"):
+        assert flags[0].endswith(".py"), f"{line}: run needs a script"
+        flags = flags[1:]
+    return int(ranks[1]), flags
+
+
+PLACEHOLDERS = {"...", "$FLAGS"}
+
+
+def megatron_command_lines() -> list[tuple[str, int, list[str], bool]]:
+    """Where, number of ranks, flags, and whether these are all that a run needs."""
+    found = []
+    for page, words in COMMANDS:
+        if words[0] == "torchrun":
+            ranks, flags = torchrun_flags(words)
+            given = [flag for flag in flags if flag not in PLACEHOLDERS]
+            found.append((page.name, ranks, given, given == flags))
+        elif words[:2] == ["make", "pretrain"]:
+            variables = make_variables(words[1:])[1]
+            arguments = ["--optimizer", variables.get("OPTIMIZER", "sso")]
+            arguments += shlex.split(variables.get("ARGS", ""))
+            found.append((page.name, 2, first_run_flags(arguments), True))
+    return found
+
+
+def parse_from_command_line() -> None:
+    """What a rank of the zygote runs: parse, and validate what is complete, as training does."""
+    from megatron.training import arguments
+
+    for page, ranks, flags, is_complete in json.loads(sys.argv[1]):
+        os.environ["WORLD_SIZE"] = str(ranks)
+        sys.argv = ["pretrain_gpt.py", *flags]
+        print("parsing", page, flags, flush=True)
+        args = arguments.parse_args()
+        if is_complete:
+            arguments.validate_args(args, {})
+        else:
+            from sso_megatron.mcore.arguments import check_and_register
+
+            check_and_register(args)
+
+
+def test_flags_parse(megatron) -> None:  # type: ignore[no-untyped-def]
+    lines = megatron_command_lines()
+    assert any(is_complete for *_, is_complete in lines)
+    megatron.run([json.dumps(lines)], main="test_docs:parse_from_command_line")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--sso-no-such-flag", "1"], ["--optimizer", "ssso"], ["--sso-tangent", "sideways"]]
+)
+def test_wrong_flags_do_not_parse(megatron, flags) -> None:  # type: ignore[no-untyped-def]
+    """The check above can fail."""
+    lines = [("nowhere", 1, ["--optimizer", "sso", *flags], False)]
+    run = megatron.run([json.dumps(lines)], main="test_docs:parse_from_command_line", fails=True)
+    assert run.codes != [0]
+
+
+@pytest.mark.slow
+def test_a_documented_run(tmp_path: Path) -> None:
+    """Every torchrun line on made-up data is run as it stands."""
+    lines = [words for _, words in COMMANDS if words[0] == "torchrun" and "--mock-data" in words]
+    assert lines
+    for words in lines:
+        result = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *words[1:]],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+        folder = tmp_path / words[words.index("--spectral-run-dir") + 1]
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["iterations"] == int(words[words.index("--train-iters") + 1])
+        assert math.isfinite(summary["val_loss"])
+        assert summary["last_loss"] < summary["first_loss"]
+        assert summary["max_radius_error"] < 1e-4
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [record["iteration"] for record in records] == list(range(1, summary["iterations"] + 1))
+        assert records[0]["loss"] == summary["first_loss"]
+        assert "median_norm_over_radius" in records[-1]
+
+
+# ---------------------------------------------------------------- tables, links, size
+
+
+def test_settings_tables_are_the_dataclasses() -> None:
+    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    shown = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        shown |= set(re.findall(r"<!-- settings:(\w+) -->", text))
+        assert generate["refreshed"](text) == text, f"{page}: refresh it with python docs/generate.py"
+
+    from sso_megatron.mcore.arguments import CONFIGS
+
+    assert shown == {config_type.__name__ for config_type in CONFIGS.values()}
+
+
+@dataclasses.dataclass
+class Example:
+    ratio: float = setting(1.0, "a|b", "paper")
+    decay: float = setting(0.0, "c")
+    on: bool = setting(True, "d")
+    names: tuple[str, ...] = setting((), "e")
+    kind: Literal["x", "y"] = setting("y", "f")
+
+
+def test_a_table_shows_every_value() -> None:
+    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    assert generate["table"](Example).splitlines()[2:] == [
+        "| `ratio` | `1.0` | a\\|b | paper |",
+        "| `decay` | `0.0` | c | ours |",
+        "| `on` | `on` | d | ours |",
+        "| `names` | `none` | e | ours |",
+        "| `kind` | `y`; or `x` | f | ours |",
+    ]
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted({*PAGES, *ROOT.glob("*.md")}), ids=lambda p: p.name)
+def test_relative_links_resolve(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{page.name}: {target} does not exist"
+        assert ROOT in [linked, *linked.parents], f"{page.name}: {target} leaves the repository"
+        assert not anchor or anchor in anchors(linked), f"{page.name}: {target} has no such heading"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pages
+def test_lines_are_short(page: Path) -> None:
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        assert len(line) <= 108 or line.startswith("|"), f"{page.name}:{number} has {len(line)} characters"
+
+
+def test_the_picture_of_the_package_is_complete() -> None:
+    """docs/development.md names every module, in its folder's part of the picture, and no other."""
+    page = ROOT / "docs" / "development.md"
+    picture = next(block for block in blocks(page, "") if block.startswith("sso_megatron/"))
+    shown, folder = set(), ""
+    for line in picture.splitlines()[1:]:
+        if match := re.match(r"  (\w+/) ", line):
+            folder = match[1]
+            continue
+        names = re.findall(r"\w+\.py", line)
+        shown |= {f"{folder if line.startswith('    ') else ''}{name}" for name in names}
+    package = ROOT / "sso_megatron"
+    there = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    there = {name for name in there if not name.endswith("/__init__.py")}
+    assert shown == there, "draw docs/development.md's picture anew"

@@ -1,0 +1,282 @@
+"""Every flag reaches the optimizer, and every bad one ends with one line before any process group."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from conftest import MOE, Megatron, tiny
+
+from sso_megatron.mcore.arguments import CONFIGS
+
+# A value that is not the default for every setting; a test below insists that none is missing.
+OTHER: dict[str, dict[str, object]] = {
+    "spectral": {
+        "tp_mode": "duplicated",  # the only one so far
+        "qkv_split": "component",
+        "mlp_split": "whole",
+        "exclude": (r"layers\.1\.mlp", "linear_proj"),
+        "workspace_mib": 7,
+        "mup_init": True,
+    },
+    "sso": {
+        "momentum": 0.8,
+        "nesterov": False,
+        "radius_mode": "identity",
+        "radius_scaler": 2.0,
+        "scale_mode": "align_adam_rms",
+        "retract_mode": "dynamic",
+        "retract_alpha": 0.1,
+        "tangent": "project",
+        "solver": "bisection",
+        "solver_trials": 3,
+        "solver_tolerance": 1e-3,
+        "solver_max_iterations": 30,
+        "msign_steps": 5,
+        "coefficient_type": "quintic",
+        "power_block": 4,
+        "power_degree": 3,
+        "weight_decay": 0.05,
+    },
+}
+
+
+def test_every_setting_is_tested() -> None:
+    for prefix, config_type in CONFIGS.items():
+        fields = dataclasses.fields(config_type)
+        assert OTHER[prefix].keys() == {f.name for f in fields}
+        for f in fields:
+            choices = typing.get_args(typing.get_type_hints(config_type)[f.name])
+            has_other = len(choices) != 1
+            assert (OTHER[prefix][f.name] != f.default) == has_other, f.name
+
+
+@pytest.mark.parametrize(
+    ("prefix", "name"), [(prefix, name) for prefix, settings in OTHER.items() for name in settings]
+)
+def test_flag_arrives_in_the_optimizer(megatron: Megatron, prefix: str, name: str) -> None:
+    value = OTHER[prefix][name]
+    flag = f"--{prefix}-{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        flags = [flag if value else flag.replace("--", "--no-", 1)]
+    else:
+        flags = [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    run = megatron.run(tiny(*flags), calls=("probes:settings",))
+    found = run.saved("settings")[0]
+    part = {"spectral": "shared", "sso": "config"}[prefix]
+    assert found[part][name] == value
+    changed = {
+        (p, k)
+        for p, kind in (("spectral", "shared"), ("sso", "config"))
+        for k, v in found[kind].items()
+        if v != next(f.default for f in dataclasses.fields(CONFIGS[p]) if f.name == k)
+    }
+    assert changed <= {(prefix, name)}, "nothing else is touched"
+
+
+def settings(megatron: Megatron, *flags: object, optimizer: str = "sso") -> dict:  # type: ignore[type-arg]
+    run = megatron.run(tiny(*flags, optimizer=optimizer), calls=("probes:settings",))
+    return run.saved("settings")[0]  # type: ignore[return-value]
+
+
+def test_muon_sphere_by_name(megatron: Megatron) -> None:
+    found = settings(megatron, "--sso-msign-steps", 6, optimizer="muon_sphere")
+    assert found["class"] == "MuonSphere"
+    assert found["config"]["tangent"] == "none"
+    assert found["config"]["msign_steps"] == 6
+
+
+def test_what_megatron_owns_arrives_too(megatron: Megatron) -> None:
+    """Learning rate and the matrices' own weight decay, which the scheduler writes into the groups."""
+    (group,) = settings(megatron, "--lr", "3e-3", "--lr-warmup-iters", 0)["groups"]
+    assert group["lr"] == pytest.approx(3e-3)
+    assert group["weight_decay"] == 0.0, "Megatron's 0.1 is for AdamW's parameters"
+    (group,) = settings(megatron, "--sso-weight-decay", 0.05)["groups"]
+    assert group["weight_decay"] == 0.05
+
+
+def test_splits_and_workspace_have_their_effect(megatron: Megatron) -> None:
+    shapes = {
+        ("head", "gate_up"): {(16, 64): 16, (64, 64): 2, (96, 64): 4, (64, 96): 2},
+        ("group", "gate_up"): {(32, 64): 4, (16, 64): 8, (64, 64): 2, (96, 64): 4, (64, 96): 2},
+        ("component", "whole"): {(64, 64): 4, (32, 64): 4, (192, 64): 2, (64, 96): 2},
+        ("whole", "whole"): {(128, 64): 2, (64, 64): 2, (192, 64): 2, (64, 96): 2},
+    }
+    for (qkv, mlp), expected in shapes.items():
+        flags = ["--spectral-qkv-split", qkv, "--spectral-mlp-split", mlp]
+        found: dict[tuple[int, int], int] = {}
+        for shape in settings(megatron, *flags)["matrices"].values():
+            found[shape] = found.get(shape, 0) + 1
+        assert found == expected
+    # (96, 64) takes 10 * 24 KiB: four in one MiB.
+    sizes = settings(megatron, "--spectral-workspace-mib", 1, "--num-layers", 3)["batches"]
+    assert [n for n, shape in sizes if shape == (96, 64)] == [4, 2]
+
+
+def test_exclusions_go_to_adamw(megatron: Megatron) -> None:
+    found = settings(megatron, "--spectral-exclude", r"layers\.1\.mlp", "linear_proj")
+    for name, optimizer in found["routes"].items():
+        if "layers.1.mlp" in name or "linear_proj" in name:
+            assert optimizer == "AdamW"
+    assert len(found["matrices"]) == 16 + 3
+
+
+ERRORS = [
+    (["--sso-solver", "newton"], "--sso-solver 'newton' must be one of tracking, bisection"),
+    (["--sso-momentum", "1.5"], "--sso-momentum 1.5 must lie in [0, 1); the default is 0.9"),
+    (["--sso-coefficient-type", "cubic"], "--sso-coefficient-type 'cubic' must be one of"),
+    (["--spectral-tp-mode", "magic"], "--spectral-tp-mode 'magic' must be one of duplicated"),
+    (["--spectral-workspace-mib", "0"], "--spectral-workspace-mib 0 must be at least 1"),
+    (["--fp16"], "--fp16 with --optimizer sso: float16 gradients overflow"),
+    (["--use-distributed-optimizer"], "--use-distributed-optimizer with --optimizer sso: not supported"),
+    (["--optimizer-cpu-offload"], "--optimizer-cpu-offload with --optimizer sso"),
+    (["--use-torch-fsdp2"], "--use-torch-fsdp2 with --optimizer sso"),
+    (["--use-mup"], "--use-mup with --optimizer sso: the spectral radii already scale"),
+    (
+        ["--optimizer", "muon_sphere", "--sso-tangent", "project"],
+        "--sso-tangent with --optimizer muon_sphere",
+    ),
+    (
+        ["--optimizer", "muon_sphere", "--sso-solver-trials", "3"],
+        "--sso-solver-trials with --optimizer muon",
+    ),
+    (["--optimizer", "adam", "--spectral-mup-init"], "--spectral-mup-init with --optimizer adam: has no"),
+    (
+        ["--optimizer", "muon", "--sso-momentum", "0.8"],
+        "--sso-momentum with --optimizer muon: has no effect",
+    ),
+    (["--moe-grouped-gemm"], "--moe-grouped-gemm cannot be rehearsed on the CPU"),
+    (["--context-parallel-size", "2"], "--context-parallel-size 2 cannot be rehearsed on the CPU"),
+    (["--fp8-format", "hybrid"], "cannot be rehearsed on the CPU"),
+    (["--spectral-run-dir", "/dev/null"], "--spectral-run-dir /dev/null: is no folder"),
+    (["--sft"], "--sft: this script trains on plain token streams"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), ERRORS, ids=lambda v: v[0] if isinstance(v, list) else "")
+def test_one_clear_error_before_any_process_group(megatron: Megatron, flags, message) -> None:  # type: ignore[no-untyped-def]
+    run = megatron.run(tiny(*flags), 2, calls=("probes:no_process_group",), fails=True)
+    assert run.codes == [2, 2]
+    errors = [line for line in run.log.splitlines() if "error: " in line]
+    assert len(errors) == 1 and message in errors[0], run.log[-2000:]
+    assert "Traceback" not in run.log
+    assert not (run.folder / "process_group_was_made").exists()
+
+
+@pytest.mark.parametrize("flags", [["--optimizer", "ssso"], ["--sso-momentum", "much"], ["--sso-rho", "1"]])
+def test_what_argparse_refuses(megatron: Megatron, flags) -> None:  # type: ignore[no-untyped-def]
+    run = megatron.run(tiny(*flags), fails=True, calls=("probes:no_process_group",))
+    assert run.codes == [2]
+    assert "error: " in run.log.splitlines()[-1] and flags[0] in run.log.splitlines()[-1]
+    assert not (run.folder / "process_group_was_made").exists()
+
+
+def test_every_embedding_goes_to_adamw(megatron: Megatron) -> None:
+    """Learned positions too, which Megatron's own rule would send to the matrix optimizer."""
+    argv = tiny("--position-embedding-type", "learned_absolute", "--spectral-mup-init")
+    routes = megatron.run(argv, calls=("probes:settings",)).saved("settings")[0]["routes"]
+    embeddings = {name: route for name, route in routes.items() if "embedding" in name}
+    assert set(embeddings.values()) == {"AdamW"} and len(embeddings) == 2
+
+
+def test_a_pattern_that_matches_nothing(megatron: Megatron) -> None:
+    run = megatron.run(tiny("--spectral-exclude", "linear_qkw"), fails=True)
+    assert run.codes == [1]
+    assert "--spectral-exclude 'linear_qkw' matches no matrix of the model" in run.log
+    assert "decoder.layers.0.self_attention.linear_qkv.weight" in run.log
+
+
+def test_a_matrix_without_a_rule_names_itself(megatron: Megatron) -> None:
+    mla = [
+        "--multi-latent-attention",
+        "--kv-lora-rank",
+        16,
+        "--qk-head-dim",
+        16,
+        "--qk-pos-emb-head-dim",
+        8,
+    ]
+    argv = tiny(*mla, "--v-head-dim", 16)
+    start = argv.index("--group-query-attention")
+    del argv[start : start + 3]  # MLA has no query groups,
+    argv.remove("--qk-layernorm")  # and without a compressed query no norm of it
+    run = megatron.run(argv, fails=True)
+    assert "no rule says which matrices this parameter holds; --spectral-exclude" in run.log
+
+
+def test_a_cut_query_group_is_refused(megatron: Megatron) -> None:
+    argv = tiny("--num-query-groups", 1, tp=2)
+    run = megatron.run(argv, 2, fails=True)
+    assert run.codes == [1, 1]
+    assert "are no whole number of query groups" in run.log
+
+
+# What follows starts the module as users do.
+
+
+def start(args: list[str], tmp_path: Path, **env: str) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
+    return subprocess.run(
+        [sys.executable, "-m", *args], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+
+
+def test_an_unsupported_megatron_is_refused(tmp_path: Path) -> None:
+    """Another version beside the user's script, as in a checkout of Megatron-LM, hides the wheel."""
+    core = tmp_path / "checkout" / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").write_text("")
+    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 17\nPATCH = 1\n")
+    (tmp_path / "checkout" / "pretrain_gpt.py").write_text("raise RuntimeError('it was started')")
+    ended = start(["sso_megatron.run", "checkout/pretrain_gpt.py", *tiny()], tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == (
+        "sso_megatron: error: megatron-core 0.17.1 is not supported, >=0.19,<0.20 is; "
+        "pip install 'megatron-core[training]>=0.19,<0.20'"
+    )
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_missing_emerging_optimizers_is_named(tmp_path: Path) -> None:
+    """A path hook hides the package and its metadata, as if it were not installed."""
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    ended = start(["sso_megatron.pretrain_gpt", *tiny()], tmp_path, PYTHONPATH=str(tmp_path))
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == (
+        "sso_megatron: error: emerging-optimizers is not installed; "
+        "pip install 'emerging-optimizers>=0.3,<0.4'"
+    )
+    assert "Traceback" not in ended.stderr
+
+
+HIDE = """
+import importlib.metadata, sys
+
+sys.modules["emerging_optimizers"] = None
+found = importlib.metadata.Distribution.from_name
+
+def from_name(name):
+    if name.replace("_", "-") == "emerging-optimizers":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+
+importlib.metadata.Distribution.from_name = from_name
+"""
+
+
+def test_run_without_a_script(tmp_path: Path) -> None:
+    ended = start(["sso_megatron.run", "missing.py"], tmp_path)
+    assert ended.returncode == 2
+    assert "no such script: 'missing.py'" in ended.stderr
+    assert start(["sso_megatron.run"], tmp_path).returncode == 2
+
+
+def test_moe_flags_reach_experts(megatron: Megatron) -> None:
+    """Both the dense and the expert optimizer get the settings."""
+    run = megatron.run(tiny(*MOE, "--sso-msign-steps", 6), calls=("probes:settings",))
+    found = run.saved("settings")[0]
+    assert found["config"]["msign_steps"] == 6
+    assert sum("local_experts" in name for name in found["matrices"]) == 12
