@@ -17,6 +17,7 @@ pytest.importorskip("megatron.core")
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from sso_megatron.cli import data
+from sso_megatron.cli.corpus import File, assign_splits
 
 EOD = 256
 GLOBS = ("*.py", "*.txt")
@@ -89,9 +90,9 @@ def test_the_splits_share_no_file_and_have_their_share_of_bytes(corpus: Path, tm
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1000, 1, 1), (1, 1, 1, 5000), (9,) * 10])
 def test_no_split_stays_empty_and_a_huge_file_is_trained_on(sizes: tuple[int, ...]) -> None:
-    files = [data._File(f"{i}.py", Path(f"{i}.py"), size, 0) for i, size in enumerate(sizes)]
+    files = [File(f"{i}.py", Path(f"{i}.py"), size, 0) for i, size in enumerate(sizes)]
     for seed in range(20):
-        chosen = data._assign(files, data.DEFAULT_SPLIT, seed)
+        chosen = assign_splits(files, data.DEFAULT_SPLIT, seed)
         assert sorted(f for part in chosen.values() for f in part) == files
         assert all(chosen.values())
         if max(sizes) > 9:

@@ -3,43 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
 import shutil
-import stat
 import sys
-import sysconfig
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-SPLITS = ("train", "valid", "test")
-STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
-DEFAULT_GLOBS = ("*.py",)
+from sso_megatron.cli.corpus import (
+    BYTE_EOD,
+    DEFAULT_GLOBS,
+    SPLITS,
+    STANDARD_LIBRARY,
+    File,
+    Skipped,
+    assign_splits,
+    digest,
+    find_files,
+    identity,
+    make_encoder,
+    sha256,
+)
+
 DEFAULT_SPLIT = (0.9, 0.05, 0.05)
-BYTE_EOD = 256  # the first id after the 256 byte values, so byte-level has 257 ids
-# Names that tokenizer files give their end of text; a bare tokenizer.json does not say which of its
-# special tokens it is, so exactly one of these must be in its vocabulary.
-EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eod|>")
-MAX_FILE_BYTES = 2**31 - 2  # Megatron's index stores a document's length, eod included, as int32
-
-_Skipped = list[tuple[str, str]]  # (name, reason)
-
-
-class _File(NamedTuple):
-    name: str  # relative to its input, with "/": the same on every machine
-    path: Path
-    size: int
-    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class DatasetInfo:
     eod: int
     tokens: dict[str, int]
     files: dict[str, int]
-    skipped: _Skipped
+    skipped: Skipped
     settings: dict[str, Any]
     digest: str
     reused: bool = True
@@ -154,10 +148,10 @@ def prepare(
         rule = "must be three positive numbers that sum to 1, such as 0.9,0.05,0.05"
         raise ValueError(f"split {','.join(map(str, split))} {rule}")
     say = (lambda line: None) if quiet else print
-    files, skipped, unmatched = _find(inputs, globs)
+    files, skipped, unmatched = find_files(inputs, globs)
     listing = json.dumps([(f.name, f.size, f.mtime_ns) for f in files])
-    settings = {"tokenizer": _identity(tokenizer), "split": shares, "seed": seed}
-    settings["files"] = f"{len(files)} with names, sizes and times {_sha256(listing)[:16]}"
+    settings = {"tokenizer": identity(tokenizer), "split": shares, "seed": seed}
+    settings["files"] = f"{len(files)} with names, sizes and times {sha256(listing)[:16]}"
     if not force and (found := _reusable(output, settings)):
         say(f"reused {found}")
         return found
@@ -171,7 +165,7 @@ def prepare(
     output.parent.mkdir(parents=True, exist_ok=True)
     # Hidden and beside the output: same file system, so that each rename is atomic.
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.parent) as temp:
-        record |= _write(Path(temp), _assign(files, shares, seed), tokenizer, skipped, quiet)
+        record |= _write(Path(temp), assign_splits(files, shares, seed), tokenizer, skipped, quiet)
         _publish(Path(temp), output, record)
     info = replace(load(output), reused=False)
     say(f"wrote {info}")
@@ -180,109 +174,8 @@ def prepare(
     return info
 
 
-def _find(inputs: Sequence[str | Path] | None, globs: Sequence[str]) -> tuple[list[_File], _Skipped, int]:
-    """Return the usable files by name, the others with the reason, and how many match no glob."""
-    foreign = set() if inputs else {"site-packages", "dist-packages"}
-    roots = [Path(i) for i in inputs or [STANDARD_LIBRARY]]
-    candidates: dict[Path, str] = {}  # by real path: overlapping inputs give a file only once
-    files: list[_File] = []
-    unreadable: list[OSError] = []  # folders
-    unmatched = 0
-    for root in roots:
-        if root.is_file():
-            candidates.setdefault(root.resolve(), root.name)
-            continue
-        if not root.is_dir():
-            raise ValueError(f"input {root} must be a folder or a file that exists; check --input")
-        label = f"{root.resolve().name}/" if len(roots) > 1 else ""
-        for folder, below, names in os.walk(root, onerror=unreadable.append):
-            below[:] = sorted(set(below) - foreign)
-            inside = Path(folder).relative_to(root)
-            for relative in (inside / name for name in sorted(names)):
-                if any(relative.match(pattern) for pattern in globs):
-                    candidates.setdefault((root / relative).resolve(), label + relative.as_posix())
-                else:
-                    unmatched += 1
-    if not candidates:
-        searched = f"{unmatched} files in {', '.join(map(str, roots))}"
-        raise ValueError(f"{' '.join(globs)} matches none of {searched}; change --glob")
-    skipped: _Skipped = [(error.filename, f"unreadable: {error}") for error in unreadable]
-    for path, name in sorted(candidates.items(), key=lambda item: (item[1], item[0])):
-        try:
-            status = path.stat()
-        except OSError as error:
-            skipped.append((name, f"unreadable: {error}"))
-            continue
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait forever
-            skipped.append((name, "not a regular file"))
-        elif status.st_size == 0:
-            skipped.append((name, "empty"))
-        elif status.st_size > MAX_FILE_BYTES:
-            skipped.append((name, f"over {MAX_FILE_BYTES} bytes, cut it into several files"))
-        else:
-            files.append(_File(name, path, status.st_size, status.st_mtime_ns))
-    return files, skipped, unmatched
-
-
-def _assign(files: list[_File], shares: Sequence[float], seed: int) -> dict[str, list[_File]]:
-    """Give each file, in hashed order, to the emptiest split with room for it; none stays empty."""
-    total = sum(f.size for f in files)
-    target = {split: share * total for split, share in zip(SPLITS, shares, strict=True)}
-    chosen: dict[str, list[_File]] = {split: [] for split in SPLITS}
-    held = dict.fromkeys(SPLITS, 0)
-    # Largest first would balance better, but leave only small files to validation and test.
-    for place, file in enumerate(sorted(files, key=lambda f: _sha256(f"{seed}:{f.name}"))):
-        empty = [split for split in SPLITS if not chosen[split]]
-        excess = {s: max(0.0, held[s] + file.size - target[s]) for s in SPLITS}
-        open_to_it = empty if len(files) - place <= len(empty) else SPLITS
-        split = min(open_to_it, key=lambda s: (excess[s], held[s] / target[s], target[s]))
-        chosen[split].append(file)
-        held[split] += file.size
-    return chosen
-
-
-def _encoder(tokenizer: str, folder: Path) -> tuple[Callable[[bytes], npt.NDArray[Any]], int, int]:
-    """Return bytes -> ids (without eod), the vocabulary size and the eod id.
-
-    A Hugging Face tokenizer is saved to `folder` and sized by what Megatron makes of that copy, so
-    that training needs neither the original nor a network.
-    """
-    if tokenizer == "byte":
-        return lambda raw: np.frombuffer(raw, np.uint8), BYTE_EOD + 1, BYTE_EOD
-    try:
-        from megatron.core.tokenizers import MegatronTokenizer
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        path = Path(tokenizer)
-        if path.is_file() and not (path.parent / "tokenizer_config.json").is_file():
-            fast: Any = PreTrainedTokenizerFast  # untyped in transformers
-            source = fast(tokenizer_file=tokenizer)
-        else:
-            source = AutoTokenizer.from_pretrained(path.parent if path.is_file() else tokenizer)
-        if source.eos_token is None and source.sep_token is None:  # Megatron takes sep for eos
-            names = [name for name in EOD_NAMES if name in source.get_vocab()]
-            if len(names) != 1:
-                known = f"{len(names)} of {' '.join(EOD_NAMES)} in its vocabulary (must be 1)"
-                raise ValueError(f"no eos_token in its tokenizer_config.json, and {known}")
-            source.eos_token = names[0]
-        source.save_pretrained(folder)
-        library = {"library": "huggingface"}
-        copy = MegatronTokenizer.from_pretrained(str(folder), metadata_path=library)
-        eod, vocab_size = int(copy.eod), int(copy.vocab_size)
-    except Exception as error:  # as broad as this because the Rust tokenizers raise Exception
-        way_out = "give byte, a tokenizer.json, or a Hugging Face tokenizer's folder or name"
-        raise ValueError(f"tokenizer {tokenizer} cannot be loaded: {error}; {way_out}") from error
-
-    def encode(raw: bytes) -> npt.NDArray[Any]:
-        # The text "<|endoftext|>" inside a file is text: only a file's end is an end of document.
-        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return np.asarray(source(raw.decode("utf-8"), **options).input_ids, dtype=np.int64)
-
-    return encode, vocab_size, eod
-
-
 def _write(
-    temp: Path, chosen: dict[str, list[_File]], tokenizer: str, skipped: _Skipped, quiet: bool
+    temp: Path, chosen: dict[str, list[File]], tokenizer: str, skipped: Skipped, quiet: bool
 ) -> dict[str, Any]:
     """Write the data files into `temp`, add to `skipped`, return what the json says of them."""
     with warnings.catch_warnings():  # of no concern to somebody who prepares data
@@ -291,7 +184,7 @@ def _write(
     from rich.console import Console
     from rich.progress import Progress
 
-    encode, vocab_size, eod = _encoder(tokenizer, temp / "_tokenizer")
+    encode, vocab_size, eod = make_encoder(tokenizer, temp / "_tokenizer")
     # The limit of GPTDatasetConfig.token_dtype_code and not of DType.optimal_dtype (65,500): with
     # --per-dataset-sequences-path Megatron presumes that one and ignores the file's own header.
     dtype = np.uint16 if vocab_size <= 2**16 else np.int32
@@ -331,7 +224,7 @@ def _write(
         "eod": eod,
         "dtype": dtype.__name__,
         "sizes": {name: path.stat().st_size for name, path in paths.items()},
-        "digest": _digest(paths.values()),
+        "digest": digest(paths.values()),
         "skipped": sorted(skipped),
         "splits": splits,
     }
@@ -365,33 +258,6 @@ def _reusable(output: Path, settings: dict[str, Any]) -> DatasetInfo | None:
     if changed := [f"{k} {old.get(k)}, not {v}" for k, v in settings.items() if old.get(k) != v]:
         raise ValueError(f"{output} was made with {' and '.join(changed)}; {way_out}")
     return found
-
-
-def _identity(tokenizer: str) -> str:
-    """Return what tells a tokenizer from others: local ones by content, wherever they lie."""
-    path = Path(tokenizer)
-    if path.is_file():
-        beside = path.with_name("tokenizer_config.json")
-        parts = [p for p in (path, beside) if p.is_file()]
-    elif path.is_dir():
-        parts = [p for p in sorted(path.iterdir()) if p.suffix in {".json", ".model", ".txt"}]
-    elif path.is_absolute() or path.suffix == ".json" or tokenizer.startswith("."):
-        raise ValueError(f"tokenizer {tokenizer} does not exist; check --tokenizer")
-    else:
-        return tokenizer
-    return f"{path.resolve().name} sha256:{_digest(parts)}"
-
-
-def _digest(paths: Iterable[Path]) -> str:
-    digests = []
-    for path in paths:
-        with path.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return _sha256("".join(digests))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

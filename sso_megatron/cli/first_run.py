@@ -91,7 +91,13 @@ def run(options: argparse.Namespace) -> int:
         )
         return 2
     output = options.output.resolve()
-    dataset = data.prepare(output=output / "data" / "stdlib")
+    # Every Python version has its own standard library.
+    name = f"stdlib-{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    try:
+        dataset = data.prepare(output=output / "data" / name)
+    except (ValueError, OSError) as error:
+        print(f"sso-megatron first-run: error: {error}", file=sys.stderr)
+        return 2
     folder = output / f"{options.optimizer}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True)
     ranks = _num_ranks()
