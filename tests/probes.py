@@ -80,9 +80,7 @@ def _whole_weights() -> dict[str, torch.Tensor]:
         member.name: weight.clone()
         for optimizer in spectral_optimizers()
         for batch in optimizer.batches
-        for member, weight in zip(
-            batch.members, batch.gather([m.param.detach() for m in batch.members]), strict=True
-        )
+        for member, weight in zip(batch.members, batch.gather_weights(), strict=True)
     }
 
 
@@ -114,7 +112,9 @@ def momenta() -> dict[str, torch.Tensor]:
         for batch in optimizer.batches
         for member, buffer in zip(
             batch.members,
-            batch.gather([optimizer.state[m.param]["momentum_buffer"] for m in batch.members]),
+            batch.gather(
+                [m.split.read(optimizer.state[m.param]["momentum_buffer"]) for m in batch.members]
+            ),
             strict=True,
         )
     }

@@ -1,5 +1,6 @@
 """Batched root searches on functions whose roots are known."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -78,6 +79,17 @@ def test_tracking_survives_a_wrong_slope_and_a_sudden_move() -> None:
         lam, slope = found.next_lam, found.slope
     assert abs(found.root.value.item()) < 1e-3
     assert torch.isfinite(lam).all() and (slope > 0).all()
+
+
+@pytest.mark.parametrize(("root", "start"), [(0.15, -0.2), (-0.3, 0.4)])
+def test_tracking_gets_away_from_a_slope_that_is_too_steep(root: float, start: float) -> None:
+    """On a saturated stretch no secant can be taken: the steep slope itself has to give way."""
+    f = Functions([root], [30.0])
+    lam, slope = torch.tensor([start]), torch.tensor([5000.0])
+    for _ in range(20):
+        found = track_root(f, lam, slope, tolerance=1e-3, num_trials=2)
+        lam, slope = found.next_lam, found.slope
+    assert abs(found.root.value.item()) < 1e-3
 
 
 def test_tracking_one_trial_is_one_evaluation() -> None:

@@ -1,6 +1,8 @@
 """SSO and MuonSphere against Algorithm 1 by float64 SVD, and their behaviour as torch optimizers."""
 
 import math
+import pickle
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -107,14 +109,13 @@ def test_residual_is_removed_exactly(solver: str) -> None:
     gen = torch.Generator().manual_seed(0)
     W = torch.randn(4, 40, 64, generator=gen) * 0.1
     cache, _ = update.start_cache(W, rule)
-    for step in range(50):
+    for _ in range(50):
         N = torch.randn(4, 40, 64, generator=gen)
         before = W.clone()
         copy = update.SpectralCache(cache.basis, cache.lam, cache.slope)
         top = update.retract_to_spectral_sphere_(before, copy, radius=0.8, lr=1.0, rule=rule)
-        is_cold = step == 0
         W2 = W.clone()
-        update.sso_step_(W2, N, cache, radius=0.8, scale=1.0, lr=1.0, rule=rule, is_cold=is_cold)
+        update.sso_step_(W2, N, cache, radius=0.8, scale=1.0, lr=1.0, rule=rule)
         Phi = before - W2
         residual = torch.einsum("bm,bmn,bn->b", top.u, Phi, top.v)
         assert residual.abs().max() <= 2e-6
@@ -234,16 +235,24 @@ def test_scale_modes(mode: str, expected: float) -> None:
     np.testing.assert_allclose(values, 0.01 * expected, rtol=1e-3)
 
 
-def test_zero_gradient_moves_nothing_off_the_sphere() -> None:
-    for tangent in ("solve", "project", "none"):
-        param = torch.nn.Parameter(torch.from_numpy(start((20, 30), 0)).float())
-        optimizer = SSO([param], tangent=tangent, lr=0.1)
-        for _ in range(3):
-            param.grad = torch.zeros_like(param)
-            optimizer.step()
-        sigma, _, _ = oracle.top_triplet(param.detach().double().numpy())
-        assert abs(sigma / math.sqrt(20 / 30) - 1) < 1e-5
-        assert torch.isfinite(param).all()
+@pytest.mark.parametrize("tangent", ["solve", "project", "none"])
+def test_zero_momentum_moves_nothing_off_the_sphere(tangent: str) -> None:
+    """After real steps, too, when lam is no longer 0; and the search starts where it left off."""
+    gen = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(20, 30, generator=gen))
+    optimizer = SSO([param], tangent=tangent, lr=0.05, momentum=0.0)
+    for _ in range(5):
+        param.grad = torch.randn(20, 30, generator=gen)
+        optimizer.step()
+    lam = optimizer.batches[0].cache.lam.clone()
+    before = param.detach().clone()
+    for _ in range(3):
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+    sigma, _, _ = oracle.top_triplet(before.double().numpy())
+    expected = before * (math.sqrt(20 / 30) / sigma)
+    torch.testing.assert_close(param.detach(), expected.float(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(optimizer.batches[0].cache.lam, lam)
 
 
 def test_a_missing_gradient_leaves_the_parameter_alone() -> None:
@@ -265,6 +274,16 @@ def test_weight_decay_is_undone_by_hard_retraction() -> None:
         optimizer.step()
         results.append(param.detach())
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_weight_decay_under_dynamic_retraction() -> None:
+    W = start((20, 30), 0)
+    param = torch.nn.Parameter(torch.from_numpy(W).float())
+    optimizer = MuonSphere([param], lr=0.1, weight_decay=0.3, retract_mode="dynamic", retract_alpha=0.5)
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    expected = W * (1 - 0.1 * 0.3) * (1 + 0.5 * 0.1)
+    np.testing.assert_allclose(param.detach().numpy(), expected, rtol=1e-5)
 
 
 def test_weight_of_norm_zero_is_named() -> None:
@@ -298,34 +317,124 @@ def test_nan_gradients_spoil_their_own_matrix_alone() -> None:
 def test_bfloat16_parameters_keep_a_float32_momentum() -> None:
     param = torch.nn.Parameter(torch.randn(8, 12).bfloat16())
     optimizer = SSO([param])
-    param.grad = torch.randn(8, 12).bfloat16()
-    optimizer.step()
+    for _ in range(3):
+        param.grad = torch.randn(8, 12).bfloat16()
+        optimizer.step()
     loaded = SSO([param])
     loaded.load_state_dict(optimizer.state_dict())
-    for o in (optimizer, loaded):
-        assert o.state[param]["momentum_buffer"].dtype == torch.float32
+    momentum = optimizer.state[param]["momentum_buffer"]
+    assert momentum.dtype == torch.float32
+    assert torch.equal(loaded.state[param]["momentum_buffer"], momentum), "to the last bit"
     assert param.dtype == torch.bfloat16
 
 
-def test_state_dict_restores_momentum() -> None:
+class Twin:
+    """The same six gradients for every copy of some parameters."""
+
+    def __init__(self, *values: torch.Tensor) -> None:
+        self.values = values
+        gen = torch.Generator().manual_seed(7)
+        self.gradients = [
+            [torch.randn(v.shape, generator=gen).to(v.dtype) for v in values] for _ in range(6)
+        ]
+
+    def params(self) -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(v.clone()) for v in self.values]
+
+    def train(self, params, optimizers, steps, lrs=None) -> None:  # type: ignore[no-untyped-def]
+        for step in steps:
+            for p, g in zip(params, self.gradients[step], strict=True):
+                p.grad = g.clone()
+            for optimizer in optimizers:
+                if lrs:
+                    for group in optimizer.param_groups:
+                        group["lr"] *= lrs[step]
+                optimizer.step()
+
+
+def random_values(*dtypes: torch.dtype) -> list[torch.Tensor]:
     gen = torch.Generator().manual_seed(0)
-    value, gradients = torch.randn(16, 24, generator=gen), torch.randn(8, 16, 24, generator=gen)
-    straight = torch.nn.Parameter(value.clone())
-    a = SSO([straight], solver="bisection")
-    for g in gradients:
-        straight.grad = g.clone()
-        a.step()
-    stopped = torch.nn.Parameter(value.clone())
-    b = SSO([stopped], solver="bisection")
-    for i, g in enumerate(gradients):
-        if i == 4:
-            state = b.state_dict()
-            b = SSO([stopped], solver="bisection")
-            b.load_state_dict(state)
-        stopped.grad = g.clone()
-        b.step()
-    # Caches are found again from the weights, so the power iteration's last digits may differ.
-    torch.testing.assert_close(straight, stopped, rtol=1e-4, atol=1e-5)
+    return [torch.randn(16, 24, generator=gen).to(dtype) for dtype in dtypes]
+
+
+def test_groups_have_their_own_settings_and_dtypes() -> None:
+    """Two groups of one shape, a mixed group and moving learning rates against separate optimizers."""
+    settings = [{"lr": 0.02, "momentum": 0.5}, {"lr": 0.1, "nesterov": False}]
+    twin = Twin(*random_values(torch.float32, torch.float32, torch.float64))
+    together, apart = twin.params(), twin.params()
+    groups = [
+        {"params": [together[0], together[2]], **settings[0]},
+        {"params": [together[1]], **settings[1]},
+    ]
+    whole = SSO(groups)
+    assert len(whole.batches) == 3
+    parts = [SSO([{"params": [apart[i]], **settings[k]}]) for i, k in ((0, 0), (1, 1), (2, 0))]
+    lrs = [1.0, 0.5, 2.0, 1.0, 0.25, 1.0]
+    twin.train(together, [whole], range(6), lrs)
+    twin.train(apart, parts, range(6), lrs)
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert together[2].dtype == torch.float64
+
+
+def test_float64_follows_the_oracle_closely() -> None:
+    gen = np.random.default_rng(0)
+    exact, buffer = start((32, 60), 0), np.zeros((32, 60))
+    param = torch.nn.Parameter(torch.from_numpy(exact.copy()))
+    optimizer = SSO([param], lr=5e-3, msign_steps=20, solver_trials=8)
+    radius = math.sqrt(32 / 60)
+    for _ in range(10):
+        G = gen.standard_normal((32, 60))
+        param.grad = torch.from_numpy(G)
+        optimizer.step()
+        exact, buffer = oracle.sso_step(exact, buffer, G, lr=5e-3, radius=radius, scale=radius)
+    assert np.abs(param.detach().numpy() - exact).max() < 1e-7
+
+
+def test_looking_at_weights_does_not_change_training() -> None:
+    twin = Twin(*random_values(torch.float32))
+    seen, unseen = twin.params(), twin.params()
+    looker, other = SSO(seen, lr=0.05), SSO(unseen, lr=0.05)
+    for step in range(6):
+        list(looker.retracted())
+        twin.train(seen, [looker], [step])
+        twin.train(unseen, [other], [step])
+    assert torch.equal(seen[0], unseen[0])
+
+
+@pytest.mark.parametrize("copy", [deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_train_on_their_own(copy) -> None:  # type: ignore[no-untyped-def]
+    twin = Twin(*random_values(torch.float32))
+    params = twin.params()
+    optimizer = SSO(params, lr=0.05, radius_scaler=2.0)
+    twin.train(params, [optimizer], [0, 1])
+    again = copy(optimizer)
+    copied = again.param_groups[0]["params"]
+    before = params[0].detach().clone()
+    twin.train(copied, [again], [2, 3])
+    assert torch.equal(params[0].detach(), before), "the original is left alone"
+    twin.train(params, [optimizer], [2, 3])
+    torch.testing.assert_close(copied[0], params[0], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("solver", "tolerance"), [("tracking", 5e-3), ("bisection", 1e-5)])
+def test_loading_goes_on_from_there(solver: str, tolerance: float) -> None:
+    """Into an optimizer that has already gone another way; spectral caches start anew."""
+    twin = Twin(*random_values(torch.float32))
+    straight, stopped = twin.params(), twin.params()
+    optimizer = SSO(straight, lr=0.05, solver=solver)
+    twin.train(straight, [optimizer], range(6))
+    first = SSO(stopped, lr=0.05, solver=solver)
+    twin.train(stopped, [first], range(3))
+    weights, state = [p.detach().clone() for p in stopped], first.state_dict()
+    second = SSO(stopped, lr=0.4, solver=solver)
+    twin.train(stopped, [second], range(2))
+    with torch.no_grad():
+        stopped[0].copy_(weights[0])
+    second.load_state_dict(deepcopy(state))
+    twin.train(stopped, [second], range(3, 6))
+    error = torch.linalg.norm(stopped[0] - straight[0]) / torch.linalg.norm(straight[0])
+    assert error < tolerance
 
 
 def test_closure_and_schedulers_work() -> None:
@@ -377,7 +486,7 @@ def test_muon_sphere_is_sso_without_tangent() -> None:
         ({"retract_mode": "soft"}, "retract_mode='soft' must be one of hard, dynamic"),
         ({"tangent": "yes"}, "tangent='yes' must be one of solve, project, none"),
         ({"solver": "newton"}, "solver='newton' must be one of tracking, bisection"),
-        ({"solver_trials": 0}, "solver_trials=0 must be at least 1; the default is 2"),
+        ({"solver_trials": 1}, "solver_trials=1 must be at least 2; the default is 2"),
         ({"solver_tolerance": -1.0}, "solver_tolerance=-1.0 must be positive"),
         ({"msign_steps": 0}, "msign_steps=0 must be at least 1; the default is 8"),
         ({"coefficient_type": "cubic"}, "coefficient_type='cubic' must be one of .*polar_express"),
@@ -395,6 +504,16 @@ def test_other_errors() -> None:
     matrix = torch.nn.Parameter(torch.randn(4, 4))
     with pytest.raises(ValueError, match=r"shape \(4,\) is no matrix; .*torch.optim.AdamW"):
         SSO([matrix, torch.nn.Parameter(torch.randn(4))])
+    optimizer = SSO([matrix])
+    for bad, message in (
+        ({"params": [torch.nn.Parameter(torch.randn(5))]}, "is no matrix"),
+        ({"params": [torch.nn.Parameter(torch.randn(0, 4))]}, "is no matrix"),
+        ({"params": [torch.nn.Parameter(torch.randn(4, 4))], "momentum": 1.5}, "momentum=1.5 must lie in"),
+        ({"params": [torch.nn.Parameter(torch.randn(4, 4))], "lr": math.inf}, "lr=inf must not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group(bad)
+        assert len(optimizer.param_groups) == 1
     with pytest.raises(ValueError, match="'project' is not MuonSphere's"):
         MuonSphere([matrix], tangent="project")
     with pytest.raises(TypeError, match="not both"):

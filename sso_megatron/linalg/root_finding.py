@@ -112,6 +112,8 @@ class TrackedRoot(NamedTuple):
 _MAX_FIRST_STEP = 0.05
 # Two values closer than this tell rounding, not slope.
 _MIN_RISE = 1e-3
+# Beyond this a value says that the root is elsewhere.
+_FAR = 0.1
 
 
 def track_root(
@@ -128,7 +130,7 @@ def track_root(
         lam: ``(b,)`` first trial.
         slope: ``(b,)`` positive estimate of the slope at the root.
         tolerance: what ``Root.converged`` reports; it decides nothing.
-        num_trials: evaluations, at least 1.
+        num_trials: evaluations, at least 1; the slope is learned from 2 on.
     """
     low, high = torch.full_like(lam, -math.inf), torch.full_like(lam, math.inf)
     last_lam = last_value = None
@@ -141,7 +143,9 @@ def track_root(
             rise = value - last_value
             secant = rise / (trial - last_lam)
             usable = torch.isfinite(secant) & (secant > 0) & (rise.abs() > _MIN_RISE)
-            slope = torch.where(usable, secant, slope)
+            # Two trials on the same flat stretch: the stored slope is too steep to get away from it.
+            stuck = ~usable & (value * last_value > 0) & (value.abs() > _FAR)
+            slope = torch.where(usable, secant, torch.where(stuck, slope / 4, slope))
         last_lam, last_value = trial, value
         reach = trial.abs().clamp_min(_MAX_FIRST_STEP)
         proposal = trial + (-value / slope).clamp(-reach, reach)

@@ -116,7 +116,7 @@ class Recorder:
     def _write(self, lr: float | None = None) -> None:
         mine = {
             "losses": [(i, float(loss)) for i, loss in self.losses if loss is not None],
-            "norms": spectral_norms(self.optimizers),
+            "spectra": spectra(self.optimizers),
             "val_loss": self.val_loss,
         }
         self.losses.clear()
@@ -138,14 +138,18 @@ class Recorder:
         lines: list[dict[str, Any]] = [
             {"iteration": i, "loss": loss, "time": time.time()} for i, loss in losses
         ]
-        norms = {name: norm for part in everywhere for name, norm in part["norms"].items()}
-        if norms:
-            ratios = list(norms.values())
+        seen = {name: values for part in everywhere for name, values in part["spectra"].items()}
+        if seen:
+            ratios = [values["norm_over_radius"] for values in seen.values()]
+            residuals = [abs(values["residual"]) for values in seen.values()]
             lines[-1] |= {
                 "lr": lr,
                 "largest_norm_over_radius": max(ratios),
                 "median_norm_over_radius": statistics.median(ratios),
                 "smallest_norm_over_radius": min(ratios),
+                "largest_residual": max(residuals),
+                "median_residual": statistics.median(residuals),
+                "over_tolerance": sum(not values["converged"] for values in seen.values()),
             }
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "metrics.jsonl").open("a") as file:
@@ -173,18 +177,31 @@ class Recorder:
         (self.folder / "summary.json").write_text(json.dumps(summary) + "\n")
 
 
-def spectral_norms(optimizers: Iterable[SSO]) -> dict[str, float]:
-    """``||W||_2 / R`` before the last retraction of each logical matrix on this rank, by name.
+def spectra(optimizers: Iterable[SSO]) -> dict[str, dict[str, float]]:
+    """What the last step saw of each logical matrix on this rank, by name.
 
-    One host synchronisation a batch.
+    ``norm_over_radius``: ``||W||_2 / R`` before retraction; ``residual``: ``<Theta, Phi>`` before it was
+    removed; ``converged``: whether that was within the solver's tolerance. One host synchronisation
+    a batch.
     """
-    return {
-        member.name: sigma / optimizer.radius(batch)
-        for optimizer in optimizers
-        for batch in optimizer.batches
-        if batch.stats is not None
-        for member, sigma in zip(batch.members, batch.stats.sigma.tolist(), strict=True)
-    }
+    found = {}
+    for optimizer in optimizers:
+        for batch in optimizer.batches:
+            if batch.stats is None:
+                continue
+            columns = (
+                batch.stats.sigma / optimizer.radius(batch),
+                batch.stats.residual,
+                batch.stats.converged,
+            )
+            rows = torch.stack([column.float() for column in columns], dim=1).tolist()
+            for member, (ratio, residual, converged) in zip(batch.members, rows, strict=True):
+                found[member.name] = {
+                    "norm_over_radius": ratio,
+                    "residual": residual,
+                    "converged": converged,
+                }
+    return found
 
 
 def max_radius_error(optimizers: Iterable[SSO]) -> float | None:

@@ -1,5 +1,6 @@
 """The engine every spectral optimizer runs on: parameters in, batches of whole matrices out."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ FindLayout = Callable[[Tensor], ParameterLayout]
 
 # Tensors of a matrix's size that a step holds at once: weight, momentum direction, its normalised
 # form, the shifted matrix, two iterates, the accepted update, and the products' temporaries.
-_WORKSPACE_COPIES = 10
+_WORKSPACE_COPIES = 12
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,32 @@ class MatrixBatch:
         """Global ``(d_out, d_in)``."""
         return self.members[0].split.shape
 
-    def gather(self, tensors: Iterable[Tensor]) -> Tensor:
-        """Whole float32 (or float64) matrices from one stored tensor a member.
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is worked in: float32, or float64 for float64 parameters."""
+        return torch.promote_types(self.members[0].param.dtype, torch.float32)
+
+    def gather(self, parts: Iterable[Tensor]) -> Tensor:
+        """Whole float32 (or float64) matrices from this rank's part of each.
 
         Collectives: one all-gather over the members' group where they are cut, else none.
 
         Args:
-            tensors: for each member a tensor of its parameter's local shape; several rounds of
-                members may follow each other, which then share the one collective.
+            parts: this rank's part of each member's matrix; several rounds of members may follow each
+                other, which then share the one collective.
 
         Returns:
-            ``(k, d_out, d_in)``, ``k`` a multiple of the number of members.
+            ``(k, d_out, d_in)``, ``k`` the number of parts.
         """
+        local = torch.stack([part.to(self.dtype) for part in parts])
         first = self.members[0]
-        rounds = list(tensors)
-        splits = [member.split for member in self.members] * (len(rounds) // len(self.members))
-        dtype = torch.promote_types(first.param.dtype, torch.float32)
-        local = torch.stack([s.read(t).to(dtype) for s, t in zip(splits, rounds, strict=True)])
         if first.split.partition_dim is None:
             return local
         return gather_shards(local, first.split.partition_dim, first.layout.tp_group)
+
+    def gather_weights(self) -> Tensor:
+        """Copies of the whole weights, ``(b, d_out, d_in)``. Collectives: see ``gather``."""
+        return self.gather(member.split.read(member.param.detach()) for member in self.members)
 
     def scatter_(self, values: Tensor) -> None:
         """Write whole matrices ``(b, d_out, d_in)`` back into the parameters. No collective.
@@ -94,7 +101,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     Collectives of ``step``: one all-gather (weight and momentum direction together) for each batch
     of equal matrices that tensor parallelism cuts; the number of batches grows only when a batch
-    exceeds the workspace.
+    exceeds the workspace. The ranks of a group must agree on which parameters have gradients.
     """
 
     def __init__(
@@ -109,8 +116,6 @@ class SpectralOptimizer(torch.optim.Optimizer):
         find_layout: FindLayout | None,
     ) -> None:
         """See the subclass; ``find_layout=None`` takes every parameter as one whole matrix."""
-        if not lr >= 0:
-            raise ValueError(f"lr={lr!r} must not be negative; the paper's range is 1e-3 to 3e-2")
         self.shared = shared
         self._find_layout = find_layout
         self._batches: list[MatrixBatch] | None = None
@@ -121,12 +126,6 @@ class SpectralOptimizer(torch.optim.Optimizer):
             "weight_decay": weight_decay,
         }
         super().__init__(params, defaults)
-        for param in self._parameters():
-            if param.ndim != 2:
-                raise ValueError(
-                    f"a parameter of shape {tuple(param.shape)} is no matrix; give parameters that "
-                    "are not 2-D, and embeddings and the output layer, to torch.optim.AdamW"
-                )
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:
@@ -142,18 +141,37 @@ class SpectralOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load momenta and groups; spectral caches are found again from the loaded weights."""
         super().load_state_dict(state_dict)
-        # torch casts floating state to the parameter's dtype; the momentum stays in float32.
-        for param in self._parameters():
-            buffer = self.state[param].get("momentum_buffer")
-            if buffer is not None:
+        # torch rounds floating state to the parameter's dtype: take float32 momenta from the source.
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for index, param in zip(saved, self._parameters(), strict=True):
+            if "momentum_buffer" in self.state[param]:
+                source = state_dict["state"][index]["momentum_buffer"]
                 dtype = torch.promote_types(param.dtype, torch.float32)
-                self.state[param]["momentum_buffer"] = buffer.to(dtype)
-        self._batches = None
+                self.state[param]["momentum_buffer"] = source.to(param.device, dtype, copy=True)
+        self.reset_caches()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; batches are made anew."""
+        """As in torch; batches are made anew.
+
+        Raises:
+            ValueError: a parameter that is no matrix, or a setting outside its rule.
+        """
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self.reset_caches()
+
+    def reset_caches(self) -> None:
+        """Forget what is known of the weights' spectra; call it after editing weights by hand."""
         self._batches = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All attributes for copy and pickle, but for batches, which hold this object's parameters."""
+        return self.__dict__ | {"_batches": None}
 
     @property
     def batches(self) -> list[MatrixBatch]:
@@ -183,7 +201,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def _within_workspace(self, batch: MatrixBatch) -> Iterator[MatrixBatch]:
         d_out, d_in = batch.shape
-        matrix_bytes = _WORKSPACE_COPIES * d_out * d_in * 4
+        matrix_bytes = _WORKSPACE_COPIES * d_out * d_in * batch.dtype.itemsize
         size = max(1, (self.shared.workspace_mib << 20) // matrix_bytes)
         for start in range(0, len(batch.members), size):
             yield MatrixBatch(batch.members[start : start + size], batch.group)
@@ -217,19 +235,20 @@ class SpectralOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step_batch(self, batch: MatrixBatch) -> None:
-        params = [member.param for member in batch.members]
-        directions = {param: self._direction(param, batch.group) for param in params}
-        W, N = batch.gather([p.detach() for p in params] + [directions[p] for p in params]).chunk(2)
+        weights = [member.split.read(member.param.detach()) for member in batch.members]
+        directions = [self._direction(member, batch.group) for member in batch.members]
+        W, N = batch.gather(weights + directions).chunk(2)
         if batch.group["weight_decay"]:
             W.mul_(1 - batch.group["lr"] * batch.group["weight_decay"])
         self.update_batch_(batch, W, N)
         batch.scatter_(W)
 
-    def _direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
-        buffer: Tensor = self.state[param]["momentum_buffer"]
-        if param.grad is None:
+    def _direction(self, member: Member, group: dict[str, Any]) -> Tensor:
+        buffer = member.split.read(self.state[member.param]["momentum_buffer"])
+        if member.param.grad is None:
             return torch.zeros_like(buffer)
-        return direction(buffer, param.grad, group["momentum"], group["nesterov"])
+        gradient = member.split.read(member.param.grad)
+        return direction(buffer, gradient, group["momentum"], group["nesterov"])
 
     def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
         """Take the algorithm's step in place.
@@ -240,3 +259,20 @@ class SpectralOptimizer(torch.optim.Optimizer):
             N: ``(b, d_out, d_in)`` momentum direction, same dtype.
         """
         raise NotImplementedError
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for param in group["params"]:
+        if param.ndim != 2 or param.numel() == 0:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} is no matrix; give parameters that are "
+                "not 2-D, and embeddings and the output layer, to torch.optim.AdamW"
+            )
+    rules = {
+        "lr": (0, math.inf, "must not be negative; the paper's range is 1e-3 to 3e-2"),
+        "momentum": (0, 1, "must lie in [0, 1); 0.9 is usual"),
+        "weight_decay": (0, math.inf, "must not be negative; 0 is usual"),
+    }
+    for name, (low, high, rule) in rules.items():
+        if not low <= group[name] < high:
+            raise ValueError(f"{name}={group[name]!r} {rule}")

@@ -114,8 +114,8 @@ class SSOConfig:
     )
     solver: Literal["tracking", "bisection"] = setting(
         "tracking",
-        "tracking follows lambda from step to step and removes the residual; bisection is the "
-        "published search",
+        "tracking follows lambda from step to step; bisection is the published search; what residual "
+        "either leaves is removed",
         "ours; paper",
     )
     solver_trials: int = setting(2, "msign evaluations a step of the tracking solver", "ours")
@@ -139,6 +139,8 @@ class SSOConfig:
             require(self, name, is_positive, "must be positive and finite")
         for name in _COUNTS:
             require(self, name, getattr(self, name) >= 1, "must be at least 1")
+        # A single trial a step never sees the slope that the next start is reckoned with.
+        require(self, "solver_trials", self.solver_trials >= 2, "must be at least 2")
         require(self, "weight_decay", self.weight_decay >= 0, "must not be negative")
         known = coefficient_types()
         is_known = self.coefficient_type in known
@@ -146,7 +148,6 @@ class SSOConfig:
 
 
 _COUNTS = (
-    "solver_trials",
     "solver_max_iterations",
     "msign_steps",
     "power_block",

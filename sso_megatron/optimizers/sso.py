@@ -28,8 +28,8 @@ class SSO(SpectralOptimizer):
     is tangent to the sphere. Weights between steps are therefore off the sphere by one update, as
     in the paper. Momentum is kept in float32 (float64 for float64 parameters).
 
-    Collectives: see ``SpectralOptimizer``. Host synchronisations: none with the tracking solver on a
-    warm batch; one a trial with bisection.
+    Collectives: see ``SpectralOptimizer``. Host synchronisations of a warm step: with the tracking solver
+    only that of ``torch.linalg.eigh`` on a CUDA device, one a batch; with bisection one more a trial.
 
     Example:
         >>> matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -97,7 +97,6 @@ class SSO(SpectralOptimizer):
 
     def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
         """Retract, solve and update a batch in place; see ``updates.sso.sso_step_``."""
-        is_cold = batch.cache is None
         self._warm_up(batch, W)
         radius = self.radius(batch)
         batch.stats = sso_step_(
@@ -108,7 +107,6 @@ class SSO(SpectralOptimizer):
             scale=update_scale(batch.shape, self.config.scale_mode, radius),
             lr=batch.group["lr"],
             rule=self._rule,
-            is_cold=is_cold,
         )
 
     def _warm_up(self, batch: MatrixBatch, W: Tensor) -> None:
@@ -116,7 +114,11 @@ class SSO(SpectralOptimizer):
             return
         batch.cache, sigma = start_cache(W, self._rule)
         # The one look at values on the host, before the first step.
-        dead = [m.name for m, s in zip(batch.members, sigma.tolist(), strict=True) if not s > 0]
+        dead = [
+            member.name
+            for member, norm in zip(batch.members, sigma.tolist(), strict=True)
+            if member.param.requires_grad and not norm > 0
+        ]
         if dead:
             raise ValueError(
                 f"{', '.join(dead)}: a weight of spectral norm 0 (or not finite) has no place on a "
@@ -133,7 +135,7 @@ class SSO(SpectralOptimizer):
         Collectives: one all-gather for each batch of cut matrices.
         """
         for batch in self.batches:
-            W = batch.gather([member.param.detach() for member in batch.members])
+            W = batch.gather_weights()
             self._warm_up(batch, W)
             radius = self.radius(batch)
             cache = dataclasses.replace(batch.cache)

@@ -55,11 +55,13 @@ class SpectralCache:
         basis: ``(b, min(m, n), k)`` block of the power iteration.
         lam: ``(b,)`` where the next search for the root starts.
         slope: ``(b,)`` slope of ``h`` at the root.
+        is_cold: no step has used it yet, so that the search may take more trials.
     """
 
     basis: Tensor
     lam: Tensor
     slope: Tensor
+    is_cold: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def retraction_factor(sigma: Tensor, radius: float, lr: float, rule: SSORule) ->
     Hard: ``R / sigma``. Dynamic: ``1 + alpha lr sign(R - sigma)`` (eq. 34, with the paper's ``lr``).
     """
     if rule.hard_retraction:
-        return radius / sigma
+        # A weight that became zero cannot be scaled; the update gives it a direction.
+        return torch.where(sigma > 0, radius / sigma, 1.0)
     return 1 + rule.retract_alpha * lr * torch.sign(radius - sigma)
 
 
@@ -144,7 +147,6 @@ def sso_step_(
     scale: float,
     lr: float,
     rule: SSORule,
-    is_cold: bool,
 ) -> SSOStats:
     """Retract, solve, update: ``W <- retract(W) - lr * scale * Phi`` in place.
 
@@ -156,12 +158,12 @@ def sso_step_(
         scale: factor of the update.
         lr: learning rate.
         rule: the step's settings.
-        is_cold: the cache was just made: the search may take more trials.
     """
     top = retract_to_spectral_sphere_(W, cache, radius=radius, lr=lr, rule=rule)
     M = frobenius_normalize(N)
     searches = rule.tangent == "solve"
-    root = _solve(M, top, cache, rule, is_cold) if searches else _at_zero(M, top, rule)
+    root = _solve(M, top, cache, rule) if searches else _at_zero(M, top, rule)
+    cache.is_cold = False
     Phi = root.extra
     if rule.tangent != "none":
         # <Theta, Phi> = h exactly, so this puts Phi on the tangent space whatever the search left.
@@ -189,11 +191,11 @@ def _at_zero(M: Tensor, top: TopSingular, rule: SSORule) -> Root:
         h,
         Phi,
         torch.ones_like(h, dtype=torch.int64),
-        torch.ones_like(h, dtype=torch.bool),
+        h.abs() <= rule.tolerance,
     )
 
 
-def _solve(M: Tensor, top: TopSingular, cache: SpectralCache, rule: SSORule, is_cold: bool) -> Root:
+def _solve(M: Tensor, top: TopSingular, cache: SpectralCache, rule: SSORule) -> Root:
     """``lam`` with ``h(lam) = <u v^T, msign(M + lam u v^T)> = 0`` and the ``msign`` there."""
     # A zero momentum has no direction: msign(lam u v^T) would be a step along the weight itself.
     moves = M.abs().amax(dim=(-2, -1)) > 0
@@ -220,7 +222,7 @@ def _solve(M: Tensor, top: TopSingular, cache: SpectralCache, rule: SSORule, is_
         cache.lam,
         cache.slope,
         tolerance=rule.tolerance,
-        num_trials=max(_COLD_TRIALS, rule.num_trials) if is_cold else rule.num_trials,
+        num_trials=max(_COLD_TRIALS, rule.num_trials) if cache.is_cold else rule.num_trials,
     )
     cache.lam = torch.where(moves, found.next_lam, cache.lam)
     cache.slope = torch.where(moves, found.slope, cache.slope)
