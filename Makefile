@@ -39,7 +39,7 @@ pretrain: $(STAMP) ## train a tiny model on this machine with OPTIMIZER; ARGS ar
 	@$(VENV)/bin/sso-megatron first-run --optimizer $(OPTIMIZER) $(ARGS)
 
 test: $(STAMP) ## run the tests; ARGS are passed to pytest
-	@$(PY) -m pytest tests $(ARGS)
+	@$(PY) -m pytest tests -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy, the import contracts, shellcheck, no paths of a home directory
 	@status=0; run() { echo "-- $$*"; "$$@" || status=1; }; \

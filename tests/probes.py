@@ -34,17 +34,17 @@ def around_train(before: Callable[..., None] | None, after: Callable[..., None] 
     training.train = train
 
 
-def spectral_optimizers() -> list[Any]:
-    from sso_megatron.mcore.registration import live_optimizers
+def spectral_optimizers(optimizer: Any) -> list[Any]:
+    from sso_megatron.mcore.registration import spectral_parts
 
-    return sorted(live_optimizers, key=lambda o: o.batches[0].members[0].name if o.batches else "")
+    return spectral_parts(optimizer)
 
 
 def settings() -> None:
     """Save what the built optimizers hold, and stop before training."""
 
     def look(model: Any, optimizer: Any) -> None:
-        found = spectral_optimizers()
+        found = spectral_optimizers(optimizer)
         routes = {}
         for part in optimizer.chained_optimizers:
             for group in part.optimizer.param_groups:
@@ -74,20 +74,20 @@ def settings() -> None:
     around_train(look, None)
 
 
-def _whole_weights() -> dict[str, torch.Tensor]:
+def _whole_weights(built: Any) -> dict[str, torch.Tensor]:
     """Every logical matrix of this rank, whole, by name."""
     return {
         member.name: weight.clone()
-        for optimizer in spectral_optimizers()
+        for optimizer in spectral_optimizers(built)
         for batch in optimizer.batches
         for member, weight in zip(batch.members, batch.gather_weights(), strict=True)
     }
 
 
-def _retracted() -> dict[str, tuple[torch.Tensor, float]]:
+def _retracted(built: Any) -> dict[str, tuple[torch.Tensor, float]]:
     return {
         name: (weight.clone(), radius)
-        for optimizer in spectral_optimizers()
+        for optimizer in spectral_optimizers(built)
         for name, weight, radius in optimizer.retracted()
     }
 
@@ -95,20 +95,20 @@ def _retracted() -> dict[str, tuple[torch.Tensor, float]]:
 def weights() -> None:
     """Save whole logical matrices before and after training, and the retracted ones after it."""
     around_train(
-        lambda model, optimizer: save("initial", _whole_weights()),
+        lambda model, optimizer: save("initial", _whole_weights(optimizer)),
         lambda model, optimizer: (
-            save("final", _whole_weights()),
-            save("retracted", _retracted()),
-            save("momentum", momenta()),
+            save("final", _whole_weights(optimizer)),
+            save("retracted", _retracted(optimizer)),
+            save("momentum", momenta(optimizer)),
         ),
     )
 
 
-def momenta() -> dict[str, torch.Tensor]:
+def momenta(built: Any) -> dict[str, torch.Tensor]:
     """Whole momentum of every logical matrix of this rank, by name."""
     return {
         member.name: buffer.clone()
-        for optimizer in spectral_optimizers()
+        for optimizer in spectral_optimizers(built)
         for batch in optimizer.batches
         for member, buffer in zip(
             batch.members,
@@ -122,7 +122,7 @@ def momenta() -> dict[str, torch.Tensor]:
 
 def loaded_momentum() -> None:
     """Save the momentum that a checkpoint gave, before training goes on."""
-    around_train(lambda model, optimizer: save("loaded", momenta()), None)
+    around_train(lambda model, optimizer: save("loaded", momenta(optimizer)), None)
 
 
 def no_process_group() -> None:

@@ -1,10 +1,12 @@
 """The commands as users type them: torchrun with either module, and ``sso-megatron first-run``."""
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,29 @@ def test_a_failed_run_shows_why(tmp_path: Path) -> None:
     assert "sso_megatron: error: --sso-momentum 2.0 must lie in [0, 1)" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert "{" not in ended.stdout.splitlines()[-1]
+
+
+def test_nothing_outlives_a_terminated_run(tmp_path: Path) -> None:
+    """SIGTERM, as a time limit or a closed terminal sends it, ends the ranks too."""
+    command = [sys.executable, "-m", "sso_megatron.cli.main", "first-run", "--output", str(tmp_path)]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    started = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("sso-*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert len(ranks_of(tmp_path)) >= 3, "torchrun and two ranks"
+    started.terminate()
+    assert started.wait(timeout=90) == 128 + 15
+    time.sleep(1)
+    assert ranks_of(tmp_path) == []
+
+
+def ranks_of(folder: Path) -> list[str]:
+    """Command lines of the processes that write below a folder, first-run's own apart."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            if any(str(folder) in word for word in words) and "first-run" not in words:
+                found.append(" ".join(words))
+    return found

@@ -44,6 +44,14 @@ OTHER: dict[str, dict[str, object]] = {
 }
 
 
+# Settings that nothing looks at unless another one has this value.
+COMPANIONS = {
+    "solver_tolerance": ("solver", "bisection"),
+    "solver_max_iterations": ("solver", "bisection"),
+    "retract_alpha": ("retract_mode", "dynamic"),
+}
+
+
 def test_every_setting_is_tested() -> None:
     for prefix, config_type in CONFIGS.items():
         fields = dataclasses.fields(config_type)
@@ -64,6 +72,9 @@ def test_flag_arrives_in_the_optimizer(megatron: Megatron, prefix: str, name: st
         flags = [flag if value else flag.replace("--", "--no-", 1)]
     else:
         flags = [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    companion, needed = COMPANIONS.get(name, ("", ""))
+    if companion:
+        flags += [f"--sso-{companion.replace('_', '-')}", needed]
     run = megatron.run(tiny(*flags), calls=("probes:settings",))
     found = run.saved("settings")[0]
     part = {"spectral": "shared", "sso": "config"}[prefix]
@@ -74,7 +85,7 @@ def test_flag_arrives_in_the_optimizer(megatron: Megatron, prefix: str, name: st
         for k, v in found[kind].items()
         if v != next(f.default for f in dataclasses.fields(CONFIGS[p]) if f.name == k)
     }
-    assert changed <= {(prefix, name)}, "nothing else is touched"
+    assert changed <= {(prefix, name), ("sso", companion)}, "nothing else is touched"
 
 
 def settings(megatron: Megatron, *flags: object, optimizer: str = "sso") -> dict:  # type: ignore[type-arg]
@@ -89,13 +100,10 @@ def test_muon_sphere_by_name(megatron: Megatron) -> None:
     assert found["config"]["msign_steps"] == 6
 
 
-def test_what_megatron_owns_arrives_too(megatron: Megatron) -> None:
-    """Learning rate and the matrices' own weight decay, which the scheduler writes into the groups."""
+def test_the_learning_rate_arrives_too(megatron: Megatron) -> None:
     (group,) = settings(megatron, "--lr", "3e-3", "--lr-warmup-iters", 0)["groups"]
     assert group["lr"] == pytest.approx(3e-3)
     assert group["weight_decay"] == 0.0, "Megatron's 0.1 is for AdamW's parameters"
-    (group,) = settings(megatron, "--sso-weight-decay", 0.05)["groups"]
-    assert group["weight_decay"] == 0.05
 
 
 def test_splits_and_workspace_have_their_effect(megatron: Megatron) -> None:
@@ -130,6 +138,14 @@ ERRORS = [
     (["--sso-coefficient-type", "cubic"], "--sso-coefficient-type 'cubic' must be one of"),
     (["--spectral-tp-mode", "magic"], "--spectral-tp-mode 'magic' must be one of duplicated"),
     (["--spectral-workspace-mib", "0"], "--spectral-workspace-mib 0 must be at least 1"),
+    (
+        ["--sso-solver-tolerance", "1e-3"],
+        "--sso-solver-tolerance has an effect only with --sso-solver bisection",
+    ),
+    (
+        ["--sso-retract-alpha", "0.1"],
+        "--sso-retract-alpha has an effect only with --sso-retract-mode dynamic",
+    ),
     (["--fp16"], "--fp16 with --optimizer sso: float16 gradients overflow"),
     (["--use-distributed-optimizer"], "--use-distributed-optimizer with --optimizer sso: not supported"),
     (["--optimizer-cpu-offload"], "--optimizer-cpu-offload with --optimizer sso"),
@@ -148,10 +164,11 @@ ERRORS = [
         ["--optimizer", "muon", "--sso-momentum", "0.8"],
         "--sso-momentum with --optimizer muon: has no effect",
     ),
-    (["--moe-grouped-gemm"], "--moe-grouped-gemm cannot be rehearsed on the CPU"),
+    (["--moe-grouped-gemm"], "--moe-grouped-gemm with --optimizer sso: grouped experts are not supported"),
+    (["--optimizer", "adam", "--moe-grouped-gemm"], "--moe-grouped-gemm cannot be rehearsed on the CPU"),
     (["--context-parallel-size", "2"], "--context-parallel-size 2 cannot be rehearsed on the CPU"),
     (["--fp8-format", "hybrid"], "cannot be rehearsed on the CPU"),
-    (["--spectral-run-dir", "/dev/null"], "--spectral-run-dir /dev/null: is no folder"),
+    (["--spectral-run-dir", "/dev/null"], "--spectral-run-dir /dev/null: cannot be made"),
     (["--sft"], "--sft: this script trains on plain token streams"),
 ]
 
@@ -214,6 +231,13 @@ def test_a_cut_query_group_is_refused(megatron: Megatron) -> None:
     assert "are no whole number of query groups" in run.log
 
 
+def test_records_of_two_runs_are_not_mixed(megatron: Megatron, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    run = megatron.run(tiny("--spectral-run-dir", tmp_path), fails=True)
+    assert run.codes == [2]
+    assert "holds the records of a run; name another, or go on with --load" in run.log
+
+
 # What follows starts the module as users do.
 
 
@@ -265,6 +289,14 @@ def from_name(name):
 
 importlib.metadata.Distribution.from_name = from_name
 """
+
+
+def test_a_node_that_lost_its_gpu_does_not_rehearse(tmp_path: Path) -> None:
+    """One node of two, and nobody hid the devices: without the error it would wait for the other."""
+    node = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": "1", "LOCAL_RANK": "0"}
+    ended = start(["sso_megatron.pretrain_gpt", *tiny()], tmp_path, **node, CUDA_VISIBLE_DEVICES="7")
+    assert ended.returncode == 2
+    assert "one node of several; mend it, or rehearse on the CPU" in ended.stderr.splitlines()[-1]
 
 
 def test_run_without_a_script(tmp_path: Path) -> None:

@@ -357,24 +357,38 @@ def random_values(*dtypes: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(16, 24, generator=gen).to(dtype) for dtype in dtypes]
 
 
-def test_groups_have_their_own_settings_and_dtypes() -> None:
+def test_groups_have_their_own_learning_rates_and_dtypes() -> None:
     """Two groups of one shape, a mixed group and moving learning rates against separate optimizers."""
-    settings = [{"lr": 0.02, "momentum": 0.5}, {"lr": 0.1, "nesterov": False}]
     twin = Twin(*random_values(torch.float32, torch.float32, torch.float64))
     together, apart = twin.params(), twin.params()
     groups = [
-        {"params": [together[0], together[2]], **settings[0]},
-        {"params": [together[1]], **settings[1]},
+        {"params": [together[0], together[2]], "lr": 0.02},
+        {"params": [together[1]], "lr": 0.1},
     ]
     whole = SSO(groups)
     assert len(whole.batches) == 3
-    parts = [SSO([{"params": [apart[i]], **settings[k]}]) for i, k in ((0, 0), (1, 1), (2, 0))]
+    parts = [SSO([apart[i]], lr=lr) for i, lr in ((0, 0.02), (1, 0.1), (2, 0.02))]
     lrs = [1.0, 0.5, 2.0, 1.0, 0.25, 1.0]
     twin.train(together, [whole], range(6), lrs)
     twin.train(apart, parts, range(6), lrs)
     for a, b in zip(together, apart, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert together[2].dtype == torch.float64
+
+
+def test_what_it_was_built_with_wins_over_a_checkpoint() -> None:
+    """But for learning rates, which torch's schedulers expect to find again."""
+    (value,) = random_values(torch.float32)
+    params = [torch.nn.Parameter(value.clone()) for _ in range(2)]
+    first, second = SSO([params[0]], lr=0.1), SSO([params[1]], lr=0.2, momentum=0.0, nesterov=False)
+    for p, o in zip(params, (first, second), strict=True):
+        p.grad = value.sin()
+        o.step()
+    second.load_state_dict(first.state_dict())
+    assert second.param_groups[0]["lr"] == 0.1
+    params[1].grad = value.cos()
+    second.step()
+    torch.testing.assert_close(second.state[params[1]]["momentum_buffer"], value.cos())
 
 
 def test_float64_follows_the_oracle_closely() -> None:
@@ -508,7 +522,10 @@ def test_other_errors() -> None:
     for bad, message in (
         ({"params": [torch.nn.Parameter(torch.randn(5))]}, "is no matrix"),
         ({"params": [torch.nn.Parameter(torch.randn(0, 4))]}, "is no matrix"),
-        ({"params": [torch.nn.Parameter(torch.randn(4, 4))], "momentum": 1.5}, "momentum=1.5 must lie in"),
+        (
+            {"params": [torch.nn.Parameter(torch.randn(4, 4))], "momentum": 0.5},
+            "momentum in a parameter group is not",
+        ),
         ({"params": [torch.nn.Parameter(torch.randn(4, 4))], "lr": math.inf}, "lr=inf must not"),
     ):
         with pytest.raises(ValueError, match=message):

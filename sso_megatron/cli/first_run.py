@@ -95,11 +95,11 @@ def run(options: argparse.Namespace) -> int:
     name = f"stdlib-{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     try:
         dataset = data.prepare(output=output / "data" / name)
+        folder = output / f"{options.optimizer}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        folder.mkdir()
     except (ValueError, OSError) as error:
         print(f"sso-megatron first-run: error: {error}", file=sys.stderr)
         return 2
-    folder = output / f"{options.optimizer}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder.mkdir(parents=True)
     ranks = _num_ranks()
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -148,8 +148,12 @@ def _train(command: list[str], folder: Path, iterations: int) -> int:
     """Run the training processes, showing progress; return their exit code."""
     log_path = folder / "train.log"
     threads = str(max(1, (os.cpu_count() or 2) // 2))
-    env = {"OMP_NUM_THREADS": threads, **os.environ}
+    # Megatron insists on the second under tensor parallelism on GPUs before Blackwell.
+    env = {"OMP_NUM_THREADS": threads, "CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}
     console = Console()
+    # A closed terminal or a time limit must stop the ranks as Ctrl-C does.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, frame: sys.exit(128 + received))
     console.print(f"training; Megatron's own output is in {log_path}", soft_wrap=True)
     with log_path.open("w") as log:
         log.write(" ".join(command) + "\n")
@@ -161,9 +165,11 @@ def _train(command: list[str], folder: Path, iterations: int) -> int:
             for line in _follow(process, folder, console, iterations):
                 console.print(line)
         except BaseException:
-            # The ranks are a process group of their own: none of them may outlive us.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+            # torchrun passes the signal on to its ranks and ends when they have.
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+            process.kill()
             raise
     status = process.wait()
     if status:
@@ -192,9 +198,10 @@ def _follow(
         task = progress.add_task("starting Megatron", total=iterations)
         while True:
             ended = process.poll() is not None
-            if metrics.exists():
-                records = [json.loads(line) for line in metrics.read_text().splitlines()]
-                last = records[-1]
+            # The last line may be half written.
+            lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+            if lines:
+                last = json.loads(lines[-1])
                 text = f"loss {last['loss']:.3f}"
                 progress.update(task, completed=last["iteration"], description=text)
                 if not console.is_terminal and last["iteration"] >= shown + iterations // 10:

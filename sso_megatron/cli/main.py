@@ -17,7 +17,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     first_run.add_parser(subparsers)
     data.add_parser(subparsers)
     options = parser.parse_args(argv)
-    return int(options.run(options))
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from sso_megatron.mcore import compat, cpu
@@ -82,6 +83,8 @@ def check_request(args: argparse.Namespace) -> None:
         "fp16": "float16 gradients overflow the spectral step; use --bf16",
         "use_torch_fsdp2": "FSDP cuts matrices where no spectral step can see them; leave it out",
         "use_megatron_fsdp": "FSDP cuts matrices where no spectral step can see them; leave it out",
+        "moe_grouped_gemm": "grouped experts are not supported yet; leave it out",
+        "optimizer_cuda_graph": "the learning rate would stay what it was at capture; leave it out",
         "optimizer_cpu_offload": "the spectral step runs on the device; leave it out",
         "use_mup": "the spectral radii already scale with the width; leave it out",
         "use_distributed_optimizer": "not supported with spectral optimizers yet; leave it out",
@@ -90,13 +93,31 @@ def check_request(args: argparse.Namespace) -> None:
         if getattr(args, name, False):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} with --optimizer {args.optimizer}: {rule}")
+    changed = _changed(args, "sso", SSOConfig)
     if args.optimizer == "muon_sphere":
-        idle = [n for n in _changed(args, "sso", SSOConfig) if n == "tangent" or n.startswith("solver")]
+        idle = [n for n in changed if n == "tangent" or n.startswith("solver")]
         if idle:
             raise ValueError(
                 f"{_flags('sso', idle)} with --optimizer muon_sphere: MuonSphere does not look at "
                 "the tangent space; leave it out, or use --optimizer sso"
             )
+    for name in changed:
+        other, needed = _READ_ONLY_WITH.get(name, (name, getattr(args, f"sso_{name}")))
+        if getattr(args, f"sso_{other}") != needed:
+            raise ValueError(
+                f"{_flags('sso', [name])} has an effect only with {_flags('sso', [other])} {needed}; "
+                "leave one out, or give the other"
+            )
+
+
+# Settings that nothing looks at unless another one has this value.
+_READ_ONLY_WITH = {
+    "solver": ("tangent", "solve"),
+    "solver_trials": ("solver", "tracking"),
+    "solver_tolerance": ("solver", "bisection"),
+    "solver_max_iterations": ("solver", "bisection"),
+    "retract_alpha": ("retract_mode", "dynamic"),
+}
 
 
 def refuse_idle_flags(args: argparse.Namespace) -> None:
@@ -134,19 +155,31 @@ def check_and_register(args: argparse.Namespace) -> None:
         check_request(args)
     else:
         refuse_idle_flags(args)
-    run_dir = args.spectral_run_dir
-    if run_dir is not None and os.path.exists(run_dir) and not os.path.isdir(run_dir):
-        raise ValueError(f"--spectral-run-dir {run_dir}: is no folder; name one, or a new path")
     sso, shared = configs_from(args)
     if is_spectral:
         register(sso, shared)
     if cpu.cuda_is_missing():
         cpu.adapt_arguments(args)
+    if args.spectral_run_dir is not None:  # on every rank: all of them stop before a process group exists
+        _prepare_run_dir(Path(args.spectral_run_dir), goes_on=args.load is not None)
+
+
+def _prepare_run_dir(folder: Path, goes_on: bool) -> None:
+    """Make the folder for records; two runs never share one, but a resumed run adds to its own."""
+    flag = f"--spectral-run-dir {folder}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{flag}: cannot be made ({error}); name another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag}: cannot be written to; name another folder")
+    if (folder / "metrics.jsonl").exists() and not goes_on:
+        raise ValueError(f"{flag}: holds the records of a run; name another, or go on with --load")
 
 
 def fail(error: object) -> NoReturn:
-    """One line on the first rank's standard error, exit code 2 on every rank."""
-    if os.environ.get("RANK", "0") == "0":
+    """One line on the standard error of each node's first rank, exit code 2 on every rank."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"sso_megatron: error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 

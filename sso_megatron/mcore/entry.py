@@ -1,5 +1,8 @@
 """One call that makes Megatron know this package, before Megatron is imported."""
 
+import os
+import socket
+
 from sso_megatron.mcore import arguments, compat, cpu, recorder
 
 
@@ -15,7 +18,17 @@ def enter() -> None:
     except compat.UnsupportedError as error:
         arguments.fail(error)
     if cpu.cuda_is_missing():
+        if os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE") and not _hides_gpus():
+            arguments.fail(
+                f"no CUDA device on {socket.gethostname()}, one node of several; mend it, or rehearse "
+                "on the CPU with CUDA_VISIBLE_DEVICES= (empty) on every node"
+            )
         cpu.start_rehearsal()
     cpu.skip_helper_compilation()
     arguments.install()
     recorder.install()
+
+
+def _hides_gpus() -> bool:
+    """Whether the user asked for a rehearsal; a node that has lost its GPU has not."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") == ""

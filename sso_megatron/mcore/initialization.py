@@ -92,10 +92,10 @@ def _put_on_sphere_(whole: Tensor, p: ModelParameter, sso: SSOConfig, shared: Sp
 
 
 def _cut(whole: Tensor, p: ModelParameter) -> Tensor:
-    """This rank's shard; a gated MLP's two halves are cut each for itself (its stride is 2)."""
+    """This rank's shard; a gated MLP's two halves are cut each for itself."""
     if p.partition_dim is None:
         return whole
-    stride = getattr(p.param, "partition_stride", 1)
-    parts = whole.chunk(stride, dim=p.partition_dim)
+    # Not by partition_stride, which TransformerEngine's expert layers set back to 1.
+    parts = whole.chunk(2 if p.is_gated else 1, dim=p.partition_dim)
     shards = [part.chunk(p.tp_size, dim=p.partition_dim)[p.tp_rank] for part in parts]
     return torch.cat(shards, dim=p.partition_dim)

@@ -55,6 +55,11 @@ class ModelParameter:
         is_embedding = is_vocabulary or self.name.startswith("embedding.")
         return self.param.ndim == 2 and not is_embedding
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether it is the first layer of a gated MLP, gate and up in one."""
+        return bool(_FC1.search(self.name) and self.config.gated_linear_unit)
+
 
 def model_parameters(model_chunks: Iterable[Any], pg_collection: Any) -> Iterator[ModelParameter]:
     """Every trainable parameter of this rank's model chunks. No collective.
@@ -153,7 +158,7 @@ def matrix_splits(
                 tp_size=size,
                 tp_rank=parameter.tp_rank,
             )
-        if _FC1.search(name) and config.gated_linear_unit and shared.mlp_split == "gate_up":
+        if parameter.is_gated and shared.mlp_split == "gate_up":
             return gate_up_splits(shape, dim, size)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from sso_megatron.linalg.power_iteration import power_iteration, start_basis
 from sso_megatron.mcore import compat
-from sso_megatron.mcore.registration import live_optimizers
+from sso_megatron.mcore.registration import spectral_parts
 from sso_megatron.optimizers.sso import SSO
 
 
@@ -42,9 +43,10 @@ def _with_records(original: Callable[..., Any]) -> Callable[..., Any]:
             result = original(*args, **kwargs)
         except SystemExit as stop:  # how --exit-interval and its like end Megatron's loop
             if not stop.code:
-                recorder.finish()
+                # Whoever asked to stop is waiting: no measurement.
+                recorder.finish(measure=False)
             raise
-        recorder.finish()
+        recorder.finish(measure=True)
         return result
 
     return pretrain
@@ -57,7 +59,7 @@ class Recorder:
     """
 
     def __init__(self, folder: Path, log_interval: int) -> None:
-        """Take the folder to write to, which is made if it is missing."""
+        """Take the folder to write to, which must exist on rank 0."""
         self.folder = folder
         self.log_interval = log_interval
         self.optimizers: list[SSO] = []
@@ -71,12 +73,12 @@ class Recorder:
     def around_train(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Time the training loop, evaluation inside it included."""
 
-        def train(*args: Any, **kwargs: Any) -> Any:
+        def train(forward_step: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             # Megatron drops its optimizer when training ends; finish() still needs it.
-            self.optimizers = list(live_optimizers)
+            self.optimizers = spectral_parts(optimizer)
             began = time.monotonic()
             try:
-                return original(*args, **kwargs)
+                return original(forward_step, model, optimizer, *args, **kwargs)
             finally:
                 self.seconds = time.monotonic() - began
 
@@ -151,15 +153,22 @@ class Recorder:
                 "median_residual": statistics.median(residuals),
                 "over_tolerance": sum(not values["converged"] for values in seen.values()),
             }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        try:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(text)
+        except OSError as error:  # a full disk must not end the training
+            print(f"sso_megatron: no more records: {error}", flush=True)
 
-    def finish(self) -> None:
-        """Measure the trained weights and write ``summary.json``; every rank must call it."""
+    def finish(self, measure: bool) -> None:
+        """Write ``summary.json``; every rank must call it.
+
+        Args:
+            measure: look at the trained weights for ``max_radius_error``.
+        """
         self._write()
         worst: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(worst, max_radius_error(self.optimizers))
+        torch.distributed.all_gather_object(worst, max_radius_error(self.optimizers) if measure else None)
         errors = [error for error in worst if error is not None]
         val_losses: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(val_losses, self.val_loss)
@@ -173,7 +182,6 @@ class Recorder:
             "iterations": self.iterations,
             "seconds": round(self.seconds, 1),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "summary.json").write_text(json.dumps(summary) + "\n")
 
 
@@ -205,16 +213,24 @@ def spectra(optimizers: Iterable[SSO]) -> dict[str, dict[str, float]]:
 
 
 def max_radius_error(optimizers: Iterable[SSO]) -> float | None:
-    """Largest ``| ||W||_2 - R | / R`` right after a retraction, by exact SVD in float64.
+    """Largest ``| ||W||_2 - R | / R`` right after a retraction.
 
+    By exact SVD in float64 up to a short side of 1024, beyond that by a long power iteration.
     Over this rank's logical matrices with the weights as they are; None where there is none. Every
     rank of a tensor-parallel group must call it.
 
     Collectives: those of ``SSO.retracted``.
     """
     errors = [
-        abs(torch.linalg.svdvals(matrix.double())[0].item() - radius) / radius
+        abs(_spectral_norm(matrix) - radius) / radius
         for optimizer in optimizers
         for _, matrix, radius in optimizer.retracted()
     ]
     return max(errors, default=None)
+
+
+def _spectral_norm(matrix: torch.Tensor) -> float:
+    if min(matrix.shape) <= 1024:
+        return torch.linalg.svdvals(matrix.double())[0].item()
+    W = matrix.unsqueeze(0)
+    return power_iteration(W, start_basis(W, 32), degree=10, num_passes=10).sigma.item()

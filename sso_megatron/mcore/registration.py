@@ -1,7 +1,6 @@
 """SSO and MuonSphere in Megatron's optimizer factory."""
 
 import re
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,6 @@ from sso_megatron.optimizers.sso import SSO, MuonSphere
 
 OPTIMIZERS: dict[str, type[SSO]] = {"sso": SSO, "muon_sphere": MuonSphere}
 """Names of ``--optimizer`` and their classes."""
-
-live_optimizers: "weakref.WeakSet[SSO]" = weakref.WeakSet()
-"""Spectral optimizers that Megatron has built in this process, for metrics."""
 
 # The tag by which prepare_model, which sees global names, tells the routing rule what to take.
 _SPECTRAL = "_is_spectral"
@@ -45,7 +41,7 @@ def register(sso: SSOConfig | None = None, shared: SpectralConfig | None = None)
             optimizer_cls,
             init_state_fn=lambda optimizer, config=None: optimizer.init_state(),
             config_to_kwargs=_config_to_kwargs(sso, shared),
-            overrides=_overrides(sso),
+            overrides=_overrides(),
         )
     _current.sso, _current.shared = sso, shared
     compat.wrap(factory, "_get_megatron_emerging_optimizer", _prepare_first)
@@ -63,7 +59,7 @@ class _Current:
 _current = _Current()
 
 
-def _overrides(sso: SSOConfig) -> dict[Any, dict[str, Any]]:
+def _overrides() -> dict[Any, dict[str, Any]]:
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
     def is_spectral(param: torch.nn.Parameter) -> bool:
@@ -74,9 +70,8 @@ def _overrides(sso: SSOConfig) -> dict[Any, dict[str, Any]]:
 
     spectral = ParamKey(predicate=ParamPredicate(name="spectral", fn=is_spectral))
     other = ParamKey(predicate=ParamPredicate(name="not_spectral", fn=is_not_spectral))
-    # The scheduler writes its own weight decay into every group unless the group overrides it.
-    decay = sso.weight_decay
-    return {spectral: {"start_wd": decay, "end_wd": decay}, other: {"optimizer": "adam"}}
+    # The matrices' own weight decay is a setting of SSO; Megatron's would only show in its logs.
+    return {spectral: {"wd_mult": 0.0}, other: {"optimizer": "adam"}}
 
 
 def _config_to_kwargs(sso: SSOConfig, shared: SpectralConfig) -> Callable[..., dict[str, Any]]:
@@ -104,14 +99,16 @@ def _prepare_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
             groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
             _current.find_layout = prepare_model(model_chunks, sso, shared, groups)
-        chained = original(config, model_chunks, config_overrides, pg_collection)
-        if config.optimizer in OPTIMIZERS:
-            parts = getattr(chained, "chained_optimizers", [chained])
-            inner = (getattr(part, "optimizer", None) for part in parts)
-            live_optimizers.update(o for o in inner if isinstance(o, SSO))
-        return chained
+        return original(config, model_chunks, config_overrides, pg_collection)
 
     return get_megatron_emerging_optimizer
+
+
+def spectral_parts(optimizer: Any) -> list[SSO]:
+    """The spectral optimizers inside what Megatron built, in the same order on every rank."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    inner = (getattr(part, "optimizer", None) for part in parts)
+    return [part for part in inner if isinstance(part, SSO)]
 
 
 def prepare_model(
@@ -131,6 +128,9 @@ def prepare_model(
         ValueError: a pattern that matches nothing, or a matrix that no rule covers.
     """
     parameters = list(model_parameters(model_chunks, pg_collection))
+    packed = [p.name for p in parameters if p.param.ndim > 2 and "experts" in p.name]
+    if packed:
+        raise ValueError(f"{packed[0]}: experts packed into one tensor are not supported yet")
     matrices = [p for p in parameters if p.is_matrix]
     excluded = _excluded_names(matrices, shared.exclude)
     spectral = [p for p in matrices if p.name not in excluded]

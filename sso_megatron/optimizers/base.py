@@ -117,15 +117,12 @@ class SpectralOptimizer(torch.optim.Optimizer):
     ) -> None:
         """See the subclass; ``find_layout=None`` takes every parameter as one whole matrix."""
         self.shared = shared
+        self._momentum, self._nesterov, self._weight_decay = momentum, nesterov, weight_decay
         self._find_layout = find_layout
         self._batches: list[MatrixBatch] | None = None
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(params, defaults)
+        # Nothing but the learning rate is in the groups: a checkpoint restores groups, and what the
+        # optimizer was built with must win over what an earlier run was built with.
+        super().__init__(params, {"lr": lr})
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:
@@ -228,7 +225,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
                         "gradients to torch.optim.SparseAdam"
                     )
                 buffer = self.state[param]["momentum_buffer"]
-                update_momentum_(buffer, param.grad, group["momentum"])
+                update_momentum_(buffer, param.grad, self._momentum)
         for batch in self.batches:
             if any(member.param.grad is not None for member in batch.members):
                 self._step_batch(batch)
@@ -236,19 +233,19 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def _step_batch(self, batch: MatrixBatch) -> None:
         weights = [member.split.read(member.param.detach()) for member in batch.members]
-        directions = [self._direction(member, batch.group) for member in batch.members]
+        directions = [self._direction(member) for member in batch.members]
         W, N = batch.gather(weights + directions).chunk(2)
-        if batch.group["weight_decay"]:
-            W.mul_(1 - batch.group["lr"] * batch.group["weight_decay"])
+        if self._weight_decay:
+            W.mul_(1 - batch.group["lr"] * self._weight_decay)
         self.update_batch_(batch, W, N)
         batch.scatter_(W)
 
-    def _direction(self, member: Member, group: dict[str, Any]) -> Tensor:
+    def _direction(self, member: Member) -> Tensor:
         buffer = member.split.read(self.state[member.param]["momentum_buffer"])
         if member.param.grad is None:
             return torch.zeros_like(buffer)
         gradient = member.split.read(member.param.grad)
-        return direction(buffer, gradient, group["momentum"], group["nesterov"])
+        return direction(buffer, gradient, self._momentum, self._nesterov)
 
     def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
         """Take the algorithm's step in place.
@@ -268,11 +265,9 @@ def _check_group(group: dict[str, Any]) -> None:
                 f"a parameter of shape {tuple(param.shape)} is no matrix; give parameters that are "
                 "not 2-D, and embeddings and the output layer, to torch.optim.AdamW"
             )
-    rules = {
-        "lr": (0, math.inf, "must not be negative; the paper's range is 1e-3 to 3e-2"),
-        "momentum": (0, 1, "must lie in [0, 1); 0.9 is usual"),
-        "weight_decay": (0, math.inf, "must not be negative; 0 is usual"),
-    }
-    for name, (low, high, rule) in rules.items():
-        if not low <= group[name] < high:
-            raise ValueError(f"{name}={group[name]!r} {rule}")
+    if not 0 <= group["lr"] < math.inf:
+        raise ValueError(f"lr={group['lr']!r} must not be negative; the paper's range is 1e-3 to 3e-2")
+    unread = {"momentum", "nesterov", "weight_decay"} & group.keys()
+    if unread:
+        names = ", ".join(sorted(unread))
+        raise ValueError(f"{names} in a parameter group is not read; make an optimizer of its own for it")

@@ -49,8 +49,7 @@ class SSO(SpectralOptimizer):
         """Make the optimizer.
 
         Args:
-            params: 2-D parameters, or groups of them; a group may have its own ``lr``, ``momentum``,
-                ``nesterov`` and ``weight_decay``.
+            params: 2-D parameters, or groups of them; a group may have its own ``lr`` and nothing else.
             lr: learning rate; the paper trains with 5e-3.
             config: settings as one object, instead of ``settings``.
             shared: settings that all spectral optimizers share.
