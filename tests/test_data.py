@@ -11,9 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("megatron.core")
-
+import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from sso_megatron.cli import data
@@ -292,8 +290,6 @@ def test_it_reads_utf8_or_says_why_not_when_a_tokenizer_needs_text(
 
 @pytest.fixture
 def bpe(tmp_path: Path) -> Path:
-    tokenizers = pytest.importorskip("tokenizers")
-    pytest.importorskip("transformers")
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)

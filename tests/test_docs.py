@@ -19,8 +19,6 @@ import pytest
 
 from sso_megatron.optimizers.config import setting
 
-pytest.importorskip("megatron.core")
-
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]

@@ -1,0 +1,408 @@
+"""SSO and MuonSphere as torch optimizers: batches, groups, retraction, decay, copies, loading, errors."""
+
+import math
+import pickle
+from copy import deepcopy
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from test_sso import start
+
+from sso_megatron import SSO, MuonSphere, SpectralConfig, SSOConfig
+from sso_megatron.matrices.layout import ParameterLayout, gate_up_splits
+
+
+def test_batches_equal_single_matrices() -> None:
+    """Matrices of one shape are worked on together, with the same result as alone."""
+    gen = torch.Generator().manual_seed(0)
+    values = [torch.randn(24, 40, generator=gen) for _ in range(5)]
+    gradients = [[torch.randn(24, 40, generator=gen) for _ in values] for _ in range(6)]
+    together = [torch.nn.Parameter(v.clone()) for v in values]
+    alone = [torch.nn.Parameter(v.clone()) for v in values]
+    optimizers = [SSO(together), *(SSO([p]) for p in alone)]
+    assert len(optimizers[0].batches) == 1
+    for step in gradients:
+        for params in (together, alone):
+            for p, g in zip(params, step, strict=True):
+                p.grad = g.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_workspace_cuts_batches_without_changing_them() -> None:
+    gen = torch.Generator().manual_seed(0)
+    values = [torch.randn(128, 256, generator=gen) for _ in range(5)]
+    results = []
+    for mib in (512, 3):
+        params = [torch.nn.Parameter(v.clone()) for v in values]
+        optimizer = SSO(params, shared=SpectralConfig(workspace_mib=mib))
+        for p in params:
+            p.grad = p.detach().clone().sin()
+        optimizer.step()
+        results.append((len(optimizer.batches), params))
+    assert [n for n, _ in results] == [1, 3]
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_split_parameter_equals_its_matrices() -> None:
+    gen = torch.Generator().manual_seed(0)
+    fused = torch.randn(48, 32, generator=gen)
+    gradient = torch.randn(48, 32, generator=gen)
+    param = torch.nn.Parameter(fused.clone())
+    layout = ParameterLayout("fc1", gate_up_splits((48, 32), None, 1))
+    parts = [torch.nn.Parameter(fused[:24].clone()), torch.nn.Parameter(fused[24:].clone())]
+    split, apart = SSO([param], find_layout=lambda p: layout), SSO(parts)
+    for _ in range(3):
+        param.grad = gradient.clone()
+        for p, g in zip(parts, gradient.chunk(2), strict=True):
+            p.grad = g.clone()
+        split.step()
+        apart.step()
+    torch.testing.assert_close(param.detach(), torch.cat([p.detach() for p in parts]))
+    sigma = torch.stack([m for _, m, _ in split.retracted()])
+    norms = torch.linalg.matrix_norm(sigma.double(), ord=2)
+    torch.testing.assert_close(
+        norms, torch.full((2,), math.sqrt(24 / 32), dtype=torch.float64), rtol=1e-5, atol=0
+    )
+
+
+def test_dynamic_retraction_is_equation_34() -> None:
+    W = start((20, 30), 0)
+    for scaler, sign in ((100.0, 1), (1e-4, -1)):
+        param = torch.nn.Parameter(torch.from_numpy(W).float())
+        settings = {"retract_mode": "dynamic", "retract_alpha": 0.5, "radius_scaler": scaler}
+        optimizer = MuonSphere([param], lr=0.1, **settings)
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        expected = W * (1 + 0.5 * 0.1 * sign)
+        np.testing.assert_allclose(param.detach().numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("spectral_mup", 2.0 * math.sqrt(20 / 45)),
+        ("align_adam_rms", 0.2 * math.sqrt(45)),
+        ("spectral_kaiming", 1.0),
+    ],
+)
+def test_scale_modes(mode: str, expected: float) -> None:
+    """The update of MuonSphere has spectral norm lr * scale (msign's singular values are 1)."""
+    W = start((20, 45), 0)
+    param = torch.nn.Parameter(torch.from_numpy(W).float())
+    optimizer = MuonSphere([param], lr=0.01, scale_mode=mode, radius_scaler=2.0)
+    param.grad = torch.randn(20, 45, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    sigma, _, _ = oracle.top_triplet(W)
+    step = W * (2.0 * math.sqrt(20 / 45) / sigma) - param.detach().double().numpy()
+    values = np.linalg.svd(step, compute_uv=False)
+    np.testing.assert_allclose(values, 0.01 * expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tangent", ["solve", "project", "none"])
+def test_zero_momentum_moves_nothing_off_the_sphere(tangent: str) -> None:
+    """After real steps, too, when lam is no longer 0; and the search starts where it left off."""
+    gen = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(20, 30, generator=gen))
+    optimizer = SSO([param], tangent=tangent, lr=0.05, momentum=0.0)
+    for _ in range(5):
+        param.grad = torch.randn(20, 30, generator=gen)
+        optimizer.step()
+    lam = optimizer.batches[0].cache.lam.clone()
+    before = param.detach().clone()
+    for _ in range(3):
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+    sigma, _, _ = oracle.top_triplet(before.double().numpy())
+    expected = before * (math.sqrt(20 / 30) / sigma)
+    torch.testing.assert_close(param.detach(), expected.float(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(optimizer.batches[0].cache.lam, lam)
+
+
+def test_a_missing_gradient_leaves_the_parameter_alone() -> None:
+    params = [torch.nn.Parameter(torch.randn(8, 12)) for _ in range(2)]
+    before = params[1].detach().clone()
+    optimizer = SSO(params)
+    params[0].grad = torch.randn(8, 12)
+    optimizer.step()
+    assert torch.equal(params[1].detach(), before)
+    assert not optimizer.state[params[1]]["momentum_buffer"].any()
+
+
+def test_weight_decay_is_undone_by_hard_retraction() -> None:
+    results = []
+    for decay in (0.0, 0.3):
+        param = torch.nn.Parameter(torch.from_numpy(start((20, 30), 0)).float())
+        optimizer = SSO([param], lr=0.1, weight_decay=decay)
+        param.grad = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+        results.append(param.detach())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_weight_decay_under_dynamic_retraction() -> None:
+    W = start((20, 30), 0)
+    param = torch.nn.Parameter(torch.from_numpy(W).float())
+    optimizer = MuonSphere([param], lr=0.1, weight_decay=0.3, retract_mode="dynamic", retract_alpha=0.5)
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    expected = W * (1 - 0.1 * 0.3) * (1 + 0.5 * 0.1)
+    np.testing.assert_allclose(param.detach().numpy(), expected, rtol=1e-5)
+
+
+def test_weight_of_norm_zero_is_named() -> None:
+    param = torch.nn.Parameter(torch.zeros(4, 6))
+    param.grad = torch.ones(4, 6)
+    with pytest.raises(ValueError, match=r"first: a weight of spectral norm 0 .*initialise it"):
+        SSO([("first", param)]).step()
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    param = torch.nn.Parameter(torch.full((4, 6), torch.nan))
+    param.grad = torch.ones(4, 6)
+    with pytest.raises(ValueError, match=r"first: a weight of spectral norm 0 \(or not finite\)"):
+        SSO([("first", param)]).step()
+
+
+def test_nan_gradients_spoil_their_own_matrix_alone() -> None:
+    """As with every torch optimizer NaN in is NaN out, without an exception that one rank sees alone."""
+    params = [torch.nn.Parameter(torch.randn(8, 12)) for _ in range(2)]
+    optimizer = SSO(params)
+    for step in range(4):
+        for p in params:
+            p.grad = torch.randn(8, 12)
+        if step == 1:
+            params[0].grad[2, 3] = torch.nan
+        optimizer.step()
+    assert params[0].isnan().all()
+    assert torch.isfinite(params[1]).all()
+
+
+def test_bfloat16_parameters_keep_a_float32_momentum() -> None:
+    param = torch.nn.Parameter(torch.randn(8, 12).bfloat16())
+    optimizer = SSO([param])
+    for _ in range(3):
+        param.grad = torch.randn(8, 12).bfloat16()
+        optimizer.step()
+    loaded = SSO([param])
+    loaded.load_state_dict(optimizer.state_dict())
+    momentum = optimizer.state[param]["momentum_buffer"]
+    assert momentum.dtype == torch.float32
+    assert torch.equal(loaded.state[param]["momentum_buffer"], momentum), "to the last bit"
+    assert param.dtype == torch.bfloat16
+
+
+class Twin:
+    """The same six gradients for every copy of some parameters."""
+
+    def __init__(self, *values: torch.Tensor) -> None:
+        self.values = values
+        gen = torch.Generator().manual_seed(7)
+        self.gradients = [
+            [torch.randn(v.shape, generator=gen).to(v.dtype) for v in values] for _ in range(6)
+        ]
+
+    def params(self) -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(v.clone()) for v in self.values]
+
+    def train(self, params, optimizers, steps, lrs=None) -> None:  # type: ignore[no-untyped-def]
+        for step in steps:
+            for p, g in zip(params, self.gradients[step], strict=True):
+                p.grad = g.clone()
+            for optimizer in optimizers:
+                if lrs:
+                    for group in optimizer.param_groups:
+                        group["lr"] *= lrs[step]
+                optimizer.step()
+
+
+def random_values(*dtypes: torch.dtype) -> list[torch.Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    return [torch.randn(16, 24, generator=gen).to(dtype) for dtype in dtypes]
+
+
+def test_groups_have_their_own_learning_rates_and_dtypes() -> None:
+    """Two groups of one shape, a mixed group and moving learning rates against separate optimizers."""
+    twin = Twin(*random_values(torch.float32, torch.float32, torch.float64))
+    together, apart = twin.params(), twin.params()
+    groups = [
+        {"params": [together[0], together[2]], "lr": 0.02},
+        {"params": [together[1]], "lr": 0.1},
+    ]
+    whole = SSO(groups)
+    assert len(whole.batches) == 3
+    parts = [SSO([apart[i]], lr=lr) for i, lr in ((0, 0.02), (1, 0.1), (2, 0.02))]
+    lrs = [1.0, 0.5, 2.0, 1.0, 0.25, 1.0]
+    twin.train(together, [whole], range(6), lrs)
+    twin.train(apart, parts, range(6), lrs)
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert together[2].dtype == torch.float64
+
+
+def test_what_it_was_built_with_wins_over_a_checkpoint() -> None:
+    """But for learning rates, which torch's schedulers expect to find again."""
+    (value,) = random_values(torch.float32)
+    params = [torch.nn.Parameter(value.clone()) for _ in range(2)]
+    first, second = SSO([params[0]], lr=0.1), SSO([params[1]], lr=0.2, momentum=0.0, nesterov=False)
+    for p, o in zip(params, (first, second), strict=True):
+        p.grad = value.sin()
+        o.step()
+    second.load_state_dict(first.state_dict())
+    assert second.param_groups[0]["lr"] == 0.1
+    params[1].grad = value.cos()
+    second.step()
+    torch.testing.assert_close(second.state[params[1]]["momentum_buffer"], value.cos())
+
+
+def test_float64_follows_the_oracle_closely() -> None:
+    gen = np.random.default_rng(0)
+    exact, buffer = start((32, 60), 0), np.zeros((32, 60))
+    param = torch.nn.Parameter(torch.from_numpy(exact.copy()))
+    optimizer = SSO([param], lr=5e-3, msign_steps=20, solver_trials=8)
+    radius = math.sqrt(32 / 60)
+    for _ in range(10):
+        G = gen.standard_normal((32, 60))
+        param.grad = torch.from_numpy(G)
+        optimizer.step()
+        exact, buffer = oracle.sso_step(exact, buffer, G, lr=5e-3, radius=radius, scale=radius)
+    assert np.abs(param.detach().numpy() - exact).max() < 1e-7
+
+
+def test_looking_at_weights_does_not_change_training() -> None:
+    twin = Twin(*random_values(torch.float32))
+    seen, unseen = twin.params(), twin.params()
+    looker, other = SSO(seen, lr=0.05), SSO(unseen, lr=0.05)
+    for step in range(6):
+        list(looker.retracted())
+        twin.train(seen, [looker], [step])
+        twin.train(unseen, [other], [step])
+    assert torch.equal(seen[0], unseen[0])
+
+
+@pytest.mark.parametrize("copy", [deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_train_on_their_own(copy) -> None:  # type: ignore[no-untyped-def]
+    twin = Twin(*random_values(torch.float32))
+    params = twin.params()
+    optimizer = SSO(params, lr=0.05, radius_scaler=2.0)
+    twin.train(params, [optimizer], [0, 1])
+    again = copy(optimizer)
+    copied = again.param_groups[0]["params"]
+    before = params[0].detach().clone()
+    twin.train(copied, [again], [2, 3])
+    assert torch.equal(params[0].detach(), before), "the original is left alone"
+    twin.train(params, [optimizer], [2, 3])
+    torch.testing.assert_close(copied[0], params[0], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("solver", "tolerance"), [("tracking", 5e-3), ("bisection", 1e-5)])
+def test_loading_goes_on_from_there(solver: str, tolerance: float) -> None:
+    """Into an optimizer that has already gone another way; spectral caches start anew."""
+    twin = Twin(*random_values(torch.float32))
+    straight, stopped = twin.params(), twin.params()
+    optimizer = SSO(straight, lr=0.05, solver=solver)
+    twin.train(straight, [optimizer], range(6))
+    first = SSO(stopped, lr=0.05, solver=solver)
+    twin.train(stopped, [first], range(3))
+    weights, state = [p.detach().clone() for p in stopped], first.state_dict()
+    second = SSO(stopped, lr=0.4, solver=solver)
+    twin.train(stopped, [second], range(2))
+    with torch.no_grad():
+        stopped[0].copy_(weights[0])
+    second.load_state_dict(deepcopy(state))
+    twin.train(stopped, [second], range(3, 6))
+    error = torch.linalg.norm(stopped[0] - straight[0]) / torch.linalg.norm(straight[0])
+    assert error < tolerance
+
+
+def test_closure_and_schedulers_work() -> None:
+    model = torch.nn.Linear(12, 8, bias=False)
+    optimizer = SSO(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    x, y = torch.randn(32, 12), torch.randn(32, 8)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = ((model(x) - y) ** 2).mean()
+        loss.backward()
+        return loss
+
+    losses = []
+    for _ in range(10):
+        losses.append(float(optimizer.step(closure)))
+        scheduler.step()
+    assert losses[-1] < losses[0]
+
+
+def test_muon_sphere_is_sso_without_tangent() -> None:
+    results = []
+    for make in (lambda p: MuonSphere(p, lr=0.05), lambda p: SSO(p, lr=0.05, tangent="none")):
+        param = torch.nn.Parameter(torch.from_numpy(start((20, 30), 0)).float())
+        optimizer = make([param])
+        param.grad = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"momentum": 1.0}, r"momentum=1.0 must lie in \[0, 1\); the default is 0.9"),
+        (
+            {"radius_scaler": 0.0},
+            "radius_scaler=0.0 must be positive and finite; the default is 1.0",
+        ),
+        (
+            {"radius_mode": "rms"},
+            "radius_mode='rms' must be one of spectral_mup, identity; the default",
+        ),
+        (
+            {"scale_mode": "x"},
+            "scale_mode='x' must be one of spectral_mup, align_adam_rms, spectral_kaiming",
+        ),
+        ({"retract_mode": "soft"}, "retract_mode='soft' must be one of hard, dynamic"),
+        ({"tangent": "yes"}, "tangent='yes' must be one of solve, project, none"),
+        ({"solver": "newton"}, "solver='newton' must be one of tracking, bisection"),
+        ({"solver_trials": 1}, "solver_trials=1 must be at least 2; the default is 2"),
+        ({"solver_tolerance": -1.0}, "solver_tolerance=-1.0 must be positive"),
+        ({"msign_steps": 0}, "msign_steps=0 must be at least 1; the default is 8"),
+        ({"coefficient_type": "cubic"}, "coefficient_type='cubic' must be one of .*polar_express"),
+        ({"power_block": 0}, "power_block=0 must be at least 1"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
+        ({"lr": -1.0}, "lr=-1.0 must not be negative"),
+    ],
+)
+def test_errors_name_value_rule_and_way_out(settings: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(ValueError, match=message):
+        SSO([torch.nn.Parameter(torch.randn(4, 4))], **settings)
+
+
+def test_other_errors() -> None:
+    matrix = torch.nn.Parameter(torch.randn(4, 4))
+    with pytest.raises(ValueError, match=r"shape \(4,\) is no matrix; .*torch.optim.AdamW"):
+        SSO([matrix, torch.nn.Parameter(torch.randn(4))])
+    optimizer = SSO([matrix])
+    for bad, message in (
+        ({"params": [torch.nn.Parameter(torch.randn(5))]}, "is no matrix"),
+        ({"params": [torch.nn.Parameter(torch.randn(0, 4))]}, "is no matrix"),
+        (
+            {"params": [torch.nn.Parameter(torch.randn(4, 4))], "momentum": 0.5},
+            "momentum in a parameter group is not",
+        ),
+        ({"params": [torch.nn.Parameter(torch.randn(4, 4))], "lr": math.inf}, "lr=inf must not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group(bad)
+        assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="'project' is not MuonSphere's"):
+        MuonSphere([matrix], tangent="project")
+    with pytest.raises(TypeError, match="not both"):
+        SSO([matrix], config=SSOConfig(), momentum=0.5)
+    with pytest.raises(TypeError, match="rho"):
+        SSO([matrix], rho=1)
