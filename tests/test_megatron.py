@@ -1,6 +1,7 @@
 """Real Megatron models, trained over real process groups, compared by value with one rank."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,15 @@ def test_tied_embeddings_over_two_stages(megatron) -> None:  # type: ignore[no-u
     single = megatron.train(argv, calls=("probes:weights",))
     stages = megatron.train([*argv, "--pipeline-model-parallel-size", "2"], 2, calls=("probes:weights",))
     assert_same_run(stages, single)
+
+
+def test_validation_loss_is_the_last_one_over_two_stages(megatron) -> None:  # type: ignore[no-untyped-def]
+    """Only the last stage knows it; evaluations inside the run must not outlast the closing one."""
+    argv = tiny("--pipeline-model-parallel-size", 2, "--eval-interval", 2, "--eval-iters", 1)
+    run = megatron.train(argv, 2)
+    printed = re.findall(r"on (validation|test) set \| lm loss value: (\S+)", run.log)
+    assert [which for which, _ in printed] == ["validation", "test"]
+    assert run.summary["val_loss"] == pytest.approx(float(printed[0][1]), rel=1e-6)
 
 
 def test_initial_weights_do_not_depend_on_the_layout(one_rank, megatron) -> None:  # type: ignore[no-untyped-def]

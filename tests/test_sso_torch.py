@@ -158,8 +158,10 @@ def test_weight_decay_under_dynamic_retraction() -> None:
 def test_weight_of_norm_zero_is_named() -> None:
     param = torch.nn.Parameter(torch.zeros(4, 6))
     param.grad = torch.ones(4, 6)
-    with pytest.raises(ValueError, match=r"first: a weight of spectral norm 0 .*initialise it"):
-        SSO([("first", param)]).step()
+    optimizer = SSO([("first", param)])
+    for _ in range(2):  # a second try is no way around it
+        with pytest.raises(ValueError, match=r"first: a weight of spectral norm 0 .*initialise it"):
+            optimizer.step()
 
 
 def test_weights_that_are_not_finite_are_named() -> None:

@@ -55,7 +55,8 @@ def _with_records(original: Callable[..., Any]) -> Callable[..., Any]:
 class Recorder:
     """Collects on every rank and writes on rank 0.
 
-    Collectives: one gather of objects over the world at every ``log_interval``, two in ``finish``.
+    Collectives: one gather of objects over the world at every ``log_interval``; in ``finish`` two more
+    and those of ``SSO.retracted``.
     """
 
     def __init__(self, folder: Path, log_interval: int) -> None:
@@ -65,7 +66,7 @@ class Recorder:
         self.optimizers: list[SSO] = []
         self.losses: list[tuple[int, Any]] = []  # this rank's, not written yet
         self.loss_curve: list[float] = []
-        self.val_loss: float | None = None
+        self.val_loss: float | None = None  # only the last pipeline stage ever has one
         self.seconds = 0.0
         self._is_test = False
         self.iterations = 0
@@ -119,7 +120,6 @@ class Recorder:
         mine = {
             "losses": [(i, float(loss)) for i, loss in self.losses if loss is not None],
             "spectra": spectra(self.optimizers),
-            "val_loss": self.val_loss,
         }
         self.losses.clear()
         everywhere: list[Any] = [None] * torch.distributed.get_world_size()
@@ -127,9 +127,6 @@ class Recorder:
         # Only the last pipeline stage has losses; each of its ranks has the same.
         losses: list[tuple[int, float]] = next(
             (part["losses"] for part in everywhere if part["losses"]), []
-        )
-        self.val_loss = next(
-            (part["val_loss"] for part in everywhere if part["val_loss"] is not None), None
         )
         if not losses:
             return
@@ -158,7 +155,7 @@ class Recorder:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(text)
         except OSError as error:  # a full disk must not end the training
-            print(f"sso_megatron: no more records: {error}", flush=True)
+            print(f"sso_megatron: records up to iteration {losses[-1][0]} not written: {error}", flush=True)
 
     def finish(self, measure: bool) -> None:
         """Write ``summary.json``; every rank must call it.
@@ -167,17 +164,16 @@ class Recorder:
             measure: look at the trained weights for ``max_radius_error``.
         """
         self._write()
-        worst: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(worst, max_radius_error(self.optimizers) if measure else None)
-        errors = [error for error in worst if error is not None]
-        val_losses: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(val_losses, self.val_loss)
+        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+        mine = (max_radius_error(self.optimizers) if measure else None, self.val_loss)
+        torch.distributed.all_gather_object(everywhere, mine)
+        errors = [error for error, _ in everywhere if error is not None]
         if torch.distributed.get_rank() != 0:
             return
         summary = {
             "first_loss": self.loss_curve[0] if self.loss_curve else None,
             "last_loss": self.loss_curve[-1] if self.loss_curve else None,
-            "val_loss": next((loss for loss in val_losses if loss is not None), None),
+            "val_loss": next((loss for _, loss in everywhere if loss is not None), None),
             "max_radius_error": max(errors, default=None),
             "iterations": self.iterations,
             "seconds": round(self.seconds, 1),

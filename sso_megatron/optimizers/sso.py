@@ -111,7 +111,7 @@ class SSO(SpectralOptimizer):
     def _warm_up(self, batch: MatrixBatch, W: Tensor) -> None:
         if batch.cache is not None:
             return
-        batch.cache, sigma = start_cache(W, self._rule)
+        cache, sigma = start_cache(W, self._rule)
         # The one look at values on the host, before the first step.
         dead = [
             member.name
@@ -123,6 +123,7 @@ class SSO(SpectralOptimizer):
                 f"{', '.join(dead)}: a weight of spectral norm 0 (or not finite) has no place on a "
                 "sphere; initialise it with random values, or exclude it from the spectral optimizer"
             )
+        batch.cache = cache
 
     @torch.no_grad()
     def retracted(self) -> Iterator[tuple[str, Tensor, float]]:
