@@ -2,11 +2,13 @@
 
 Megatron fuses several matrices into one parameter and tensor parallelism cuts parameters into shards.
 A ``Split`` says which rows of this rank's shard belong to one logical matrix, and which dimension of
-that matrix, if any, continues on the other ranks of the tensor-parallel group.
+that matrix, if any, continues on the other ranks of the tensor-parallel group. Experts packed into one
+``(experts, d_out, d_in)`` tensor are seen as ``(experts * d_out, d_in)``.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,30 +23,54 @@ class Split:
 
     Attributes:
         label: which part it is, ``""`` for a whole parameter, else ``q3``, ``gate`` and so on.
-        rows: row ranges of the stored local tensor, put under each other.
+        rows: row ranges of the stored local tensor, put under each other; none where this rank holds
+            nothing of a matrix that others of its group hold.
         shape: global ``(d_out, d_in)``, which radius and scale are taken from.
         partition_dim: dimension that is cut over the group; None when the matrix is whole here.
+        shard_rows: rows on each rank of the group, in shard order, where a cut along dimension 0 is
+            uneven; None where every rank holds the same number.
     """
 
     label: str
     rows: Rows
     shape: tuple[int, int]
     partition_dim: int | None
+    shard_rows: tuple[int, ...] | None = None
 
     def read(self, stored: Tensor) -> Tensor:
-        """This rank's part of the logical matrix from the stored ``(rows, d_in)`` tensor.
+        """This rank's part of the logical matrix from the stored ``(..., rows, d_in)`` tensor.
 
         A view where the rows are contiguous, a copy where they are not.
         """
-        parts = [stored[start:stop] for start, stop in self.rows]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        flat = stored.flatten(0, -2)
+        parts = [run.reshape(-1, flat.size(1)) for run in self._runs(flat)]
+        return parts[0] if len(parts) == 1 else torch.cat([flat[:0], *parts])
 
     def write_(self, stored: Tensor, values: Tensor) -> None:
-        """Put this rank's part back; the inverse of ``read``, converting to the stored dtype."""
+        """Put this rank's part back; the inverse of ``read``, converting to the stored dtype.
+
+        Args:
+            stored: contiguous ``(..., rows, d_in)``.
+            values: ``(k, d_in)``, ``k`` at least the rows of this part; what is beyond is left out.
+        """
+        flat = stored.view(-1, stored.size(-1))
         offset = 0
-        for start, stop in self.rows:
-            stored[start:stop].copy_(values[offset : offset + stop - start])
-            offset += stop - start
+        for run in self._runs(flat):
+            count = run.shape[:-1].numel()
+            run.copy_(values[offset : offset + count].reshape(run.shape))
+            offset += count
+
+    def _runs(self, flat: Tensor) -> list[Tensor]:
+        """Views of the rows: ``(n, k, d_in)`` of ``n`` equal ranges at equal distances, else each range.
+
+        Blocks of gate and up that take turns are a hundred ranges: one copy instead of as many.
+        """
+        if len(self.rows) > 1:
+            (first, stop), (second, _), last = self.rows[0], self.rows[1], self.rows[-1][1]
+            length, step = stop - first, second - first
+            if self.rows == tuple((start, start + length) for start in range(first, last, step)):
+                return [flat[first:last].unfold(0, length, step).transpose(1, 2)]
+        return [flat[start:stop] for start, stop in self.rows]
 
 
 @dataclass(frozen=True)
@@ -78,89 +104,121 @@ def whole(shape: Sequence[int], partition_dim: int | None = None, tp_size: int =
     return Split("", ((0, rows),), _global_shape(rows, columns, partition_dim, tp_size), partition_dim)
 
 
-def gate_up_splits(shape: Sequence[int], partition_dim: int | None, tp_size: int) -> tuple[Split, ...]:
-    """Gate and up of a gated MLP's first layer; each rank stores its slice of both halves.
+def gate_up_splits(
+    shape: Sequence[int], partition_dim: int | None, tp_size: int, interleave: int = 0
+) -> tuple[Split, ...]:
+    """Gate and up of a gated MLP's first layer; each rank stores its slice of both.
 
     Args:
-        shape: stored local ``(2 * ffn / tp_size, d_in)``, gate first.
+        shape: stored local ``(2 * ffn / tp_size, d_in)``.
+        partition_dim: 0 under tensor parallelism, or None.
+        tp_size: ranks of the tensor-parallel group.
+        interleave: rows of a block where blocks of gate and up take turns; 0 where all of gate lies
+            above all of up.
+
+    Raises:
+        ValueError: the rows do not divide into gate and up.
+    """
+    rows, columns = shape
+    block = interleave or rows // 2
+    if rows % 2 or rows % (2 * block):
+        stored = f"blocks of {interleave} rows in turn" if interleave else "two halves"
+        raise ValueError(f"a gated MLP stores gate and up as {stored}, but its weight has {rows} rows")
+    global_shape = _global_shape(rows // 2, columns, partition_dim, tp_size)
+    starts = {"gate": range(0, rows, 2 * block), "up": range(block, rows, 2 * block)}
+    return tuple(
+        Split(label, tuple((start, start + block) for start in starts[label]), global_shape, partition_dim)
+        for label in starts
+    )
+
+
+def section_splits(
+    shape: Sequence[int], sections: Sequence[tuple[str, int]], partition_dim: int | None, tp_size: int
+) -> tuple[Split, ...]:
+    """Matrices stored under each other; under tensor parallelism each rank stores its slice of each.
+
+    Args:
+        shape: stored local ``(rows, d_in)``.
+        sections: label and global rows of each matrix, in stored order.
         partition_dim: 0 under tensor parallelism, or None.
         tp_size: ranks of the tensor-parallel group.
 
     Raises:
-        ValueError: an odd number of rows.
+        ValueError: the sections do not divide over the ranks, or are not what is stored.
     """
     rows, columns = shape
-    if rows % 2:
-        raise ValueError(f"a gated MLP stores two halves, but its weight has {rows} rows")
-    half = rows // 2
-    global_shape = _global_shape(half, columns, partition_dim, tp_size)
-    return (
-        Split("gate", ((0, half),), global_shape, partition_dim),
-        Split("up", ((half, rows),), global_shape, partition_dim),
-    )
+    size = tp_size if partition_dim == 0 else 1
+    total = sum(section_rows for _, section_rows in sections)
+    if rows * size != total or any(section_rows % size for _, section_rows in sections):
+        listed = " and ".join(f"{section_rows} ({label})" for label, section_rows in sections)
+        raise ValueError(f"{rows} rows on each of {size} ranks do not hold {listed} rows in equal slices")
+    splits, start = [], 0
+    for label, section_rows in sections:
+        stop = start + section_rows // size
+        splits.append(Split(label, ((start, stop),), (section_rows, columns), partition_dim))
+        start = stop
+    return tuple(splits)
 
 
-def qkv_splits(
-    shape: Sequence[int],
-    *,
-    sections: Sequence[tuple[str, int]],
-    head_dim: int,
-    granularity: str,
-    tp_size: int,
-    tp_rank: int,
+def row_splits(
+    shape: Sequence[int], parts: Iterable[tuple[str, Rows]], *, tp_size: int, tp_rank: int
 ) -> tuple[Split, ...]:
-    """Logical matrices of a fused QKV weight, which is stored query group by query group.
+    """Matrices of a parameter that is cut into equal blocks of rows, wherever its matrices begin.
+
+    A matrix whose rows all lie in one rank's block is whole, and that rank alone lists it. Every other
+    is cut along dimension 0, and all ranks list it in the same order, also those that hold none of
+    its rows: their collectives follow that order.
 
     Args:
         shape: stored local ``(rows, d_in)``.
-        sections: label and heads of each part of a group in stored order, such as
-            ``[("q", 4), ("k", 1), ("v", 1)]``.
-        head_dim: rows of a head.
-        granularity: ``head``, ``group`` or ``component``.
-        tp_size: ranks of the tensor-parallel group.
-        tp_rank: this rank's place in it, which global head numbers follow from.
-
-    Raises:
-        ValueError: this rank does not hold a whole number of query groups.
+        parts: label of each matrix and where its rows lie in the whole parameter, ascending: then the
+            shards in rank order make up the matrix in its own order.
+        tp_size: ranks that the parameter is cut over.
+        tp_rank: this rank's place among them.
     """
     rows, columns = shape
-    group_rows = head_dim * sum(heads for _, heads in sections)
-    if rows % group_rows:
-        raise ValueError(
-            f"this rank's {rows} rows are no whole number of query groups of {group_rows} rows; "
-            "use a tensor-parallel size that divides the number of query groups, "
-            "or --spectral-qkv-split whole"
-        )
-    num_groups = rows // group_rows
-    ranges: dict[str, list[tuple[int, int]]] = {label: [] for label, _ in sections}
-    splits: list[Split] = []
-    for group in range(num_groups):
-        start = group * group_rows
-        global_group = tp_rank * num_groups + group
-        for label, heads in sections:
-            stop = start + heads * head_dim
-            ranges[label].append((start, stop))
-            if granularity == "group":
-                part = Split(f"{label}{global_group}", ((start, stop),), (stop - start, columns), None)
-                splits.append(part)
-            elif granularity == "head":
-                splits += [
-                    Split(
-                        f"{label}{global_group * heads + head}",
-                        ((start + head * head_dim, start + (head + 1) * head_dim),),
-                        (head_dim, columns),
-                        None,
-                    )
-                    for head in range(heads)
-                ]
-            start = stop
-    if granularity == "component":
-        partition_dim = 0 if tp_size > 1 else None
-        for label, heads in sections:
-            global_rows = num_groups * heads * head_dim * tp_size
-            part = Split(label, tuple(ranges[label]), (global_rows, columns), partition_dim)
-            splits.append(part)
+    splits = []
+    for label, ranges in parts:
+        held = [_within(ranges, rank * rows, (rank + 1) * rows) for rank in range(tp_size)]
+        counts = tuple(sum(stop - start for start, stop in own) for own in held)
+        global_shape = (sum(counts), columns)
+        if max(counts) < sum(counts):
+            is_even = len(set(counts)) == 1
+            splits.append(Split(label, held[tp_rank], global_shape, 0, None if is_even else counts))
+        elif counts[tp_rank]:
+            splits.append(Split(label, held[tp_rank], global_shape, None))
     return tuple(splits)
+
+
+def packed_splits(shape: Sequence[int], one: Sequence[Split], experts: Sequence[int]) -> tuple[Split, ...]:
+    """Matrices of equal experts that are stored under each other.
+
+    Args:
+        shape: stored local ``(experts, rows, d_in)`` or ``(experts * rows, d_in)``.
+        one: the matrices of one expert, stored as ``(rows, d_in)``.
+        experts: number of each expert in the whole model, which its label says.
+
+    Raises:
+        ValueError: the tensor does not hold that many experts.
+    """
+    rows, rest = divmod(math.prod(shape[:-1]), len(experts))
+    if rest or (len(shape) == 3 and shape[0] != len(experts)):
+        raise ValueError(f"a tensor of shape {tuple(shape)} does not hold {len(experts)} experts")
+    return tuple(
+        replace(
+            split,
+            label=f"expert{expert}.{split.label}" if split.label else f"expert{expert}",
+            rows=tuple((place * rows + start, place * rows + stop) for start, stop in split.rows),
+        )
+        for place, expert in enumerate(experts)
+        for split in one
+    )
+
+
+def _within(ranges: Rows, first: int, last: int) -> Rows:
+    """What of ``ranges`` lies in ``first .. last``, counted from ``first``."""
+    cut = ((max(start, first) - first, min(stop, last) - first) for start, stop in ranges)
+    return tuple((start, stop) for start, stop in cut if start < stop)
 
 
 def _global_shape(rows: int, columns: int, partition_dim: int | None, tp_size: int) -> tuple[int, int]:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from sso_megatron.linalg.power_iteration import power_iteration, start_basis
+from sso_megatron.matrices.layout import Split, whole
 from sso_megatron.matrices.scaling import target_radius
-from sso_megatron.mcore.layouts import ModelParameter, matrix_splits
+from sso_megatron.mcore.layouts import ModelParameter, has_rule, matrix_splits
+from sso_megatron.mcore.names import expert_by_itself
 from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
 
 # Random matrices have no gap below their largest singular value; this many passes leave 1e-4.
@@ -17,6 +19,7 @@ _PASSES, _DEGREE, _BLOCK = 6, 8, 16
 # Rows of a vocabulary drawn at a time: its padding depends on the tensor-parallel size, the rows
 # before the padding must not.
 _VOCABULARY_ROWS = 128
+_FINEST = SpectralConfig(qkv_split="head", mlp_split="gate_up")
 
 
 @torch.no_grad()
@@ -26,12 +29,14 @@ def initialize_by_name(
     sso: SSOConfig,
     shared: SpectralConfig,
 ) -> None:
-    """Draw every 2-D weight by its global name and put the spectral ones on their spheres.
+    """Draw every matrix by its global name and put the spectral ones on their spheres.
 
     Each weight is drawn whole, with the model's own initialiser and a random state that its name
-    gives, then cut: the result is the same for every TP, PP, EP and DP size on one kind of device.
-    Every logical matrix of a spectral weight is scaled to ``||W||_2 = R`` (spectral muP, arXiv
-    2601.08393). Norm weights and biases stay as Megatron made them.
+    gives, then cut: the result is the same for every TP, PP, EP and DP size on one kind of device,
+    and for every way to store experts. Only a fused weight that no rule covers (and that is therefore
+    excluded from the spectral optimizer) is cut without regard to its parts. Every logical matrix of a
+    spectral weight is scaled to ``||W||_2 = R`` (spectral muP, arXiv 2601.08393). Norm weights, biases
+    and what is no matrix stay as Megatron made them.
 
     Collectives: one broadcast of the seed over the world.
 
@@ -44,12 +49,13 @@ def initialize_by_name(
     spectral_ids = {id(p.param) for p in spectral}
     seed = _shared_seed()
     for p in parameters:
-        if p.param.ndim != 2:
+        if not (p.is_matrix or (p.is_vocabulary and p.param.ndim == 2)):
             continue
-        whole = _draw(p, seed)
-        if id(p.param) in spectral_ids:
-            _put_on_sphere_(whole, p, sso, shared)
-        p.param.copy_(_cut(whole, p))
+        for one in p.unpacked():
+            weight = _draw(one, seed)
+            if id(p.param) in spectral_ids:
+                _put_on_sphere_(weight, one, sso, shared)
+            _store_(weight, one)
 
 
 def _shared_seed() -> int:
@@ -65,37 +71,55 @@ def _draw(p: ModelParameter, seed: int) -> Tensor:
     rows *= p.tp_size if p.partition_dim == 0 else 1
     columns *= p.tp_size if p.partition_dim == 1 else 1
     device = p.param.device
-    whole = torch.empty(rows, columns, dtype=torch.float32, device=device)
-    name, config = p.name, p.config
-    is_vocabulary = not p.is_matrix
+    weight = torch.empty(rows, columns, dtype=torch.float32, device=device)
+    name, config = expert_by_itself(p.name), p.config
     if name.endswith("output_layer.weight") and getattr(p.param, "shared_embedding", False):
         name = "embedding.word_embeddings.weight"  # the last stage's copy of the tied embedding
     init = config.init_method
-    if is_vocabulary and name.startswith("embedding."):
+    if p.is_vocabulary and name.startswith("embedding."):
         init = getattr(config, "embedding_init_method", None) or init
-    elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+    elif name.endswith(("linear_proj.weight", "linear_fc2.weight", "fc2_latent_proj.weight")):
         init = config.output_layer_init_method
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
-        for block in whole.split(_VOCABULARY_ROWS if is_vocabulary else rows):
+        for block in weight.split(_VOCABULARY_ROWS if p.is_vocabulary else rows):
             init(block)
-    return whole
+    return weight
 
 
-def _put_on_sphere_(whole: Tensor, p: ModelParameter, sso: SSOConfig, shared: SpectralConfig) -> None:
-    uncut = replace(p, partition_dim=None, tp_size=1, tp_rank=0)
-    for split in matrix_splits(uncut, tuple(whole.shape), shared):
-        W = split.read(whole).unsqueeze(0)
+def _uncut(p: ModelParameter) -> ModelParameter:
+    """The parameter as one rank stores it where gate lies above up."""
+    return replace(p, partition_dim=None, tp_size=1, tp_rank=0, glu_interleave=0)
+
+
+def _put_on_sphere_(weight: Tensor, p: ModelParameter, sso: SSOConfig, shared: SpectralConfig) -> None:
+    for split in matrix_splits(_uncut(p), tuple(weight.shape), shared):
+        W = split.read(weight).unsqueeze(0)
         top = power_iteration(W, start_basis(W, _BLOCK), degree=_DEGREE, num_passes=_PASSES)
         radius = target_radius(split.shape, sso.radius_mode, sso.radius_scaler)
-        split.write_(whole, (W * (radius / top.sigma))[0])
+        split.write_(weight, (W * (radius / top.sigma))[0])
 
 
-def _cut(whole: Tensor, p: ModelParameter) -> Tensor:
-    """This rank's shard; a gated MLP's two halves are cut each for itself."""
-    if p.partition_dim is None:
-        return whole
-    # Not by partition_stride, which TransformerEngine's expert layers set back to 1.
-    parts = whole.chunk(2 if p.is_gated else 1, dim=p.partition_dim)
-    shards = [part.chunk(p.tp_size, dim=p.partition_dim)[p.tp_rank] for part in parts]
-    return torch.cat(shards, dim=p.partition_dim)
+def _store_(weight: Tensor, p: ModelParameter) -> None:
+    """Copy this rank's shard of a whole weight into the parameter, part by part.
+
+    The parts are the finest there are, whatever the spectral optimizer takes as one matrix: the rows
+    of gate and up that a rank holds, say, are no run of rows of the whole.
+    """
+    stored = tuple(p.param.shape)
+    if not has_rule(p):
+        split = whole(stored, p.partition_dim, p.tp_size)
+        split.write_(p.param, _shard(weight, split, p))
+        return
+    parts = {part.label: part for part in matrix_splits(_uncut(p), tuple(weight.shape), _FINEST)}
+    for split in matrix_splits(p, stored, _FINEST):
+        split.write_(p.param, _shard(parts[split.label].read(weight), split, p))
+
+
+def _shard(values: Tensor, split: Split, p: ModelParameter) -> Tensor:
+    """What this rank holds of a whole matrix."""
+    if split.partition_dim is None:
+        return values
+    if split.shard_rows is not None:
+        return values.split(split.shard_rows)[p.tp_rank]
+    return values.chunk(p.tp_size, dim=split.partition_dim)[p.tp_rank]

@@ -1,26 +1,36 @@
 """Logical matrices of a Megatron model's parameters, by global name."""
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from sso_megatron.matrices.attention import Section, head_splits
 from sso_megatron.matrices.layout import (
     ParameterLayout,
     Split,
     gate_up_splits,
-    qkv_splits,
+    packed_splits,
+    section_splits,
     whole,
 )
+from sso_megatron.mcore.names import ROUTED_EXPERT, global_names
 from sso_megatron.optimizers.config import SpectralConfig
 
-# Parameters that are one matrix each, by the end of their name.
-_WHOLE = re.compile(r"(linear_proj|linear_fc2|router|eh_proj)\.weight$|shared_experts\.gate_weight$")
-_QKV = re.compile(r"self_attention\.linear_qkv\.weight$")
-_FC1 = re.compile(r"linear_fc1\.weight$")
+# Rules by the end of a name. What none of them fits is an error, so they match whole module names.
+_QKV = re.compile(r"(^|\.)self_attention\.linear_qkv\.weight$")
+_LATENT_Q = re.compile(r"(^|\.)self_attention\.linear_q(_up)?_proj\.weight$")
+_LATENT_KV = re.compile(r"(^|\.)self_attention\.linear_kv_up_proj\.weight$")
+_LATENT_DOWN = re.compile(r"(^|\.)self_attention\.linear_qkv_down_proj\.weight$")
+_FC1 = re.compile(r"(^|\.)linear_fc1\.weight\d*$")
+_WHOLE = re.compile(
+    r"(^|\.)((linear_proj|router|eh_proj|linear_q_down_proj|linear_kv_down_proj|fc[12]_latent_proj)\.weight"
+    r"|linear_fc2\.weight\d*|shared_experts\.gate_weight)$"
+)
+_RULES = (_QKV, _LATENT_Q, _LATENT_KV, _LATENT_DOWN, _FC1, _WHOLE)
 
 
 @dataclass(frozen=True)
@@ -30,35 +40,55 @@ class ModelParameter:
     Attributes:
         name: global name: layer and expert numbers are those of the whole model.
         param: the model's parameter.
-        config: the ``TransformerConfig`` of its model chunk.
-        partition_dim: dimension that is cut over ``tp_group``, or None.
+        config: the ``TransformerConfig`` of the module it belongs to.
+        partition_dim: dimension of its matrices that is cut over ``tp_group``, or None.
         tp_group: tensor-parallel group, that of the experts for expert parameters.
         tp_size: its ranks.
         tp_rank: this rank's place in it.
+        experts: global numbers of the experts that are packed into this one tensor, if any.
+        glu_interleave: rows of a block where blocks of gate and up take turns, else 0.
     """
 
     name: str
-    param: torch.nn.Parameter
+    param: Tensor
     config: Any
     partition_dim: int | None
     tp_group: Any
     tp_size: int
     tp_rank: int
+    experts: tuple[int, ...] = ()
+    glu_interleave: int = 0
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """Whether it is an embedding of any kind or the output layer."""
+        is_marked = getattr(self.param, "is_embedding_or_output_parameter", False)
+        return is_marked or self.name.startswith("embedding.")
 
     @property
     def is_matrix(self) -> bool:
-        """Whether a spectral optimizer takes it: 2-D, no embedding of any kind, no output layer.
+        """Whether a spectral optimizer takes it: a matrix, or experts' matrices in one tensor.
 
-        Megatron's own rule, which would orthogonalise learned position embeddings, less those.
+        Megatron's own rule (2-D), which would orthogonalise learned position embeddings and the
+        biases of experts in one tensor, less those.
         """
-        is_vocabulary = getattr(self.param, "is_embedding_or_output_parameter", False)
-        is_embedding = is_vocabulary or self.name.startswith("embedding.")
-        return self.param.ndim == 2 and not is_embedding
+        is_bias = re.search(r"\.bias\d*$", self.name)
+        return (self.param.ndim == 2 or bool(self.experts)) and not (is_bias or self.is_vocabulary)
 
     @property
     def is_gated(self) -> bool:
         """Whether it is the first layer of a gated MLP, gate and up in one."""
         return bool(_FC1.search(self.name) and self.config.gated_linear_unit)
+
+    def unpacked(self) -> list["ModelParameter"]:
+        """Each expert of a packed tensor with its view, as a grouped product names it; else itself."""
+        if not self.experts:
+            return [self]
+        blocks = self.param.detach().flatten(0, -2).chunk(len(self.experts))
+        return [
+            replace(self, name=f"{self.name}{expert}", param=block, experts=())
+            for expert, block in zip(self.experts, blocks, strict=True)
+        ]
 
 
 def model_parameters(model_chunks: Iterable[Any], pg_collection: Any) -> Iterator[ModelParameter]:
@@ -71,54 +101,84 @@ def model_parameters(model_chunks: Iterable[Any], pg_collection: Any) -> Iterato
     from megatron.core.utils import get_model_config, get_pg_rank, get_pg_size
 
     for chunk in model_chunks:
-        config = get_model_config(chunk)
-        rename = _global_numbers(chunk, config, pg_collection)
+        num_experts = get_model_config(chunk).num_moe_experts
+        experts: tuple[int, ...] = ()
+        if num_experts:
+            num_local = num_experts // get_pg_size(pg_collection.ep)
+            first = get_pg_rank(pg_collection.ep) * num_local
+            experts = tuple(range(first, first + num_local))
+        rename = global_names(chunk, experts[0] if experts else 0)
+        owner_of = _owners(chunk)
         for local_name, param in chunk.named_parameters():
             if not param.requires_grad:
                 continue
-            name = rename(local_name)
-            is_expert = not getattr(param, "allreduce", True)
+            name, (owner, config) = rename(local_name), owner_of(local_name)
+            routed = ROUTED_EXPERT.search(name)
+            is_expert = routed or not getattr(param, "allreduce", True)
             tp_group = pg_collection.expt_tp if is_expert else pg_collection.tp
-            size = get_pg_size(tp_group)
-            dim = getattr(param, "partition_dim", -1)
-            is_cut = size > 1 and dim >= 0 and getattr(param, "tensor_model_parallel", False)
+            dim = _partition_dim(param, routed)
+            size = get_pg_size(tp_group) if dim is not None else 1
             yield ModelParameter(
                 name,
                 param,
                 config,
-                dim if is_cut else None,
+                dim if size > 1 else None,
                 tp_group,
-                size if is_cut else 1,
-                get_pg_rank(tp_group) if is_cut else 0,
+                size,
+                get_pg_rank(tp_group) if size > 1 else 0,
+                experts if routed and not (routed["own"] or routed["gemm"]) else (),
+                _glu_interleave(name, owner, config),
             )
 
 
-def _global_numbers(chunk: Any, config: Any, pg_collection: Any) -> Any:
-    """A function from a chunk's parameter names to global ones.
+def _owners(chunk: Any) -> Callable[[str], tuple[Any, Any]]:
+    """A function from a parameter's name to the module around its layer, and that module's config.
 
-    Pipeline stages number their layers from 0 and expert-parallel ranks their experts; Megatron
-    keeps the global layer number on each layer.
+    Parts of a model may have configurations of their own: a vision encoder, the layers of a
+    heterogeneous model.
     """
-    from megatron.core.utils import get_pg_rank, get_pg_size
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.utils import get_model_config
 
-    layers = {
-        name: f"{name.rpartition('.')[0]}.{module.layer_number - 1}"
-        for name, module in chunk.named_modules()
-        if re.search(r"layers\.\d+$", name) and hasattr(module, "layer_number")
-    }
-    first_expert = 0
-    if config.num_moe_experts:
-        ep_group = pg_collection.ep
-        first_expert = get_pg_rank(ep_group) * (config.num_moe_experts // get_pg_size(ep_group))
+    modules = dict(chunk.named_modules())
+    of_chunk = get_model_config(chunk)
 
-    def rename(name: str) -> str:
-        layer = re.match(r"(.*?layers\.\d+)(\..*)", name)
-        if layer and layer[1] in layers:
-            name = layers[layer[1]] + layer[2]
-        name = re.sub(r"local_experts\.(\d+)", lambda m: f"local_experts.{int(m[1]) + first_expert}", name)
-        return re.sub(r"^(module\.)+", "", name)  # wrappers: DDP, Float16Module
+    def owner_of(name: str) -> tuple[Any, Any]:
+        owner = modules[".".join(name.split(".")[:-2])]
+        while name:
+            name = name.rpartition(".")[0]
+            config = getattr(modules[name], "config", None)
+            if isinstance(config, TransformerConfig):
+                return owner, config
+        return owner, of_chunk
 
-    return rename
+    return owner_of
+
+
+def _partition_dim(param: Tensor, routed: re.Match[str] | None) -> int | None:
+    """Which dimension of a parameter's matrices tensor parallelism cuts, if any."""
+    if routed:
+        # Always cut over the experts' group, and by the layer: what is set on a parameter counts
+        # the dimensions of a 3-D tensor in its own way, or comes from TransformerEngine, which does
+        # not know of the cut when Megatron does the communication.
+        return int(routed["fc"]) - 1
+    dim = getattr(param, "partition_dim", -1)
+    return dim if dim >= 0 and getattr(param, "tensor_model_parallel", False) else None
+
+
+def _glu_interleave(name: str, owner: Any, config: Any) -> int:
+    """Rows of a block where a gated MLP stores blocks of gate and up in turn; 0 elsewhere.
+
+    Only layers made for one fused kernel of TransformerEngine do.
+    """
+    if not _FC1.search(name) or not config.gated_linear_unit:
+        return 0
+    if re.search(r"(^|\.)experts\.linear_fc1\.", name):
+        return config.moe_mlp_glu_interleave_size or 0
+    if re.search(r"(^|\.)shared_experts\.", name):
+        is_fused = config.use_grouped_gemm_for_shared_expert
+        return (config.moe_shared_expert_glu_interleave_size or 0) if is_fused else 0
+    return 32 if type(owner).__name__ == "TEFusedMLPWithGroupedLinear" else 0
 
 
 def layout_of(parameter: ModelParameter, shared: SpectralConfig) -> ParameterLayout:
@@ -131,43 +191,64 @@ def layout_of(parameter: ModelParameter, shared: SpectralConfig) -> ParameterLay
     return ParameterLayout(parameter.name, splits, parameter.tp_group)
 
 
-def matrix_splits(
-    parameter: ModelParameter, shape: tuple[int, ...], shared: SpectralConfig
-) -> tuple[Split, ...]:
-    """Logical matrices of ``parameter`` stored with ``shape`` on this rank.
+def has_rule(p: ModelParameter) -> bool:
+    """Whether it is known which matrices such a parameter holds."""
+    return any(rule.search(p.name) for rule in _RULES)
+
+
+def matrix_splits(p: ModelParameter, shape: tuple[int, ...], shared: SpectralConfig) -> tuple[Split, ...]:
+    """Logical matrices of ``p`` stored with ``shape`` on this rank.
 
     Args:
-        parameter: gives name, model configuration and placement.
-        shape: stored ``(rows, d_in)``.
-        shared: granularity of QKV and of gated MLPs.
+        p: gives name, model configuration and placement.
+        shape: stored ``(rows, d_in)``, or ``(experts, rows, d_in)``.
+        shared: granularity of attention's projections and of gated MLPs.
 
     Raises:
         ValueError: see ``layout_of``.
     """
-    name, config = parameter.name, parameter.config
-    dim, size = parameter.partition_dim, parameter.tp_size
     try:
-        if _QKV.search(name) and shared.qkv_split != "whole":
-            per_group = config.num_attention_heads // config.num_query_groups
-            gate = [("gate", per_group)] if getattr(config, "attention_output_gate", False) else []
-            return qkv_splits(
-                shape,
-                sections=[("q", per_group), *gate, ("k", 1), ("v", 1)],
-                head_dim=config.kv_channels,
-                granularity=shared.qkv_split,
-                tp_size=size,
-                tp_rank=parameter.tp_rank,
-            )
-        if parameter.is_gated and shared.mlp_split == "gate_up":
-            return gate_up_splits(shape, dim, size)
+        return _matrix_splits(p, shape, shared)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    if _QKV.search(name) or _FC1.search(name) or _WHOLE.search(name):
-        return (whole(shape, dim, size),)
-    raise ValueError(
-        f"{name} {shape}: no rule says which matrices this parameter holds; "
-        f"--spectral-exclude '{re.escape(name)}' sends it to AdamW"
-    )
+        raise ValueError(f"{p.name} {tuple(shape)}: {error}") from None
+
+
+def _matrix_splits(p: ModelParameter, shape: tuple[int, ...], shared: SpectralConfig) -> tuple[Split, ...]:
+    if p.experts:
+        one = (math.prod(shape[:-1]) // len(p.experts), shape[-1])
+        splits = _matrix_splits(replace(p, experts=()), one, shared)
+        return packed_splits(shape, splits, p.experts)
+    if not has_rule(p):
+        raise ValueError(
+            "no rule says which matrices this parameter holds; "
+            f"--spectral-exclude '{re.escape(p.name)}' sends it to AdamW"
+        )
+    dim, size, granularity = p.partition_dim, p.tp_size, shared.qkv_split
+    sections = _head_sections(p)
+    if sections and granularity != "whole":
+        return head_splits(
+            shape, sections=sections, granularity=granularity, tp_size=size, tp_rank=p.tp_rank
+        )
+    if _LATENT_DOWN.search(p.name) and granularity != "whole":
+        kv_rows = p.config.kv_lora_rank + p.config.qk_pos_emb_head_dim
+        return section_splits(shape, [("q", p.config.q_lora_rank), ("kv", kv_rows)], dim, size)
+    if p.is_gated and shared.mlp_split == "gate_up":
+        return gate_up_splits(shape, dim, size, p.glu_interleave)
+    return (whole(shape, dim, size),)
+
+
+def _head_sections(p: ModelParameter) -> list[Section]:
+    """What the heads of an attention projection are stored as; empty for any other parameter."""
+    config = p.config
+    if _QKV.search(p.name):
+        per_group, rows = config.num_attention_heads // config.num_query_groups, config.kv_channels
+        gate = [Section("gate", per_group, rows)] if config.attention_output_gate else []
+        return [Section("q", per_group, rows), *gate, Section("k", 1, rows), Section("v", 1, rows)]
+    if _LATENT_Q.search(p.name):
+        return [Section("q", 1, config.qk_head_dim + config.qk_pos_emb_head_dim)]
+    if _LATENT_KV.search(p.name):
+        return [Section("k", 1, config.qk_head_dim), Section("v", 1, config.v_head_dim)]
+    return []
 
 
 class LayoutTable:

@@ -1,0 +1,47 @@
+"""Global names of a Megatron model's parameters: numbers of the whole model, no wrappers."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+ROUTED_EXPERT = re.compile(
+    r"(?:^|\.)experts\.(?:local_experts\.(?P<own>\d+)\.)?linear_fc(?P<fc>[12])\.weight(?P<gemm>\d*)$"
+)
+"""A weight of routed experts: one expert's own module, one of a grouped product, or all in one tensor."""
+
+_EXPERT_NUMBER = re.compile(r"((?:^|\.)experts\.(?:local_experts\.|linear_fc[12]\.(?:weight|bias)))(\d+)")
+
+
+def global_names(chunk: Any, first_expert: int) -> Callable[[str], str]:
+    """A function from a model chunk's parameter names to global ones.
+
+    Pipeline stages number their layers from 0 and expert-parallel ranks their experts; Megatron
+    keeps the global layer number on each layer.
+
+    Args:
+        chunk: a Megatron module, wrapped or not.
+        first_expert: global number of this rank's first routed expert.
+    """
+    numbers = {
+        name: str(module.layer_number - 1)
+        for name, module in chunk.named_modules()
+        if re.search(r"(^|\.)layers\.\d+$", name) and hasattr(module, "layer_number")
+    }
+
+    def rename(name: str) -> str:
+        parts = name.split(".")
+        # Layers may hold layers: a layer of multi-token prediction has a stack of its own.
+        renamed = [numbers.get(".".join(parts[: i + 1]), part) for i, part in enumerate(parts)]
+        name = re.sub(r"^(module\.)+", "", ".".join(renamed))  # wrappers: DDP, Float16Module
+        return _EXPERT_NUMBER.sub(lambda m: f"{m[1]}{int(m[2]) + first_expert}", name)
+
+    return rename
+
+
+def expert_by_itself(name: str) -> str:
+    """The name that a routed expert's weight has where each expert is a module of its own."""
+    return re.sub(
+        r"(^|\.)experts\.linear_fc([12])\.weight(\d+)$",
+        r"\1experts.local_experts.\3.linear_fc\2.weight",
+        name,
+    )

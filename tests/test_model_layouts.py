@@ -1,0 +1,452 @@
+"""Logical matrices of whole models: global names and shapes, placement, values and initial weights."""
+
+import math
+import re
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import MOE, Megatron, Run, tiny
+from torch import Tensor, nn
+
+from sso_megatron.mcore import initialization
+from sso_megatron.mcore.layouts import ModelParameter, has_rule, layout_of
+from sso_megatron.mcore.names import global_names
+from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
+
+Shapes = dict[str, tuple[int, int]]
+
+
+# ---------------------------------------------------------------- names and shapes of real models
+
+
+def heads(layer: str, label: str, numbers: Iterable[int], shape: tuple[int, int]) -> Shapes:
+    return {f"{layer}[{label}{n}]": shape for n in numbers}
+
+
+def attention(layer: str, queries: int = 4, groups: int = 2, gated: bool = False) -> Shapes:
+    """Head by head, sixteen rows each; the tiny model is 64 wide."""
+    qkv, shape = f"{layer}.self_attention.linear_qkv.weight", (16, 64)
+    return {
+        f"{layer}.self_attention.linear_proj.weight": (64, 64),
+        **heads(qkv, "q", range(queries), shape),
+        **heads(qkv, "gate", range(queries if gated else 0), shape),
+        **heads(qkv, "k", range(groups), shape),
+        **heads(qkv, "v", range(groups), shape),
+    }
+
+
+def mlp(name: str, width: int) -> Shapes:
+    return {
+        f"{name}.linear_fc1.weight[gate]": (width, 64),
+        f"{name}.linear_fc1.weight[up]": (width, 64),
+        f"{name}.linear_fc2.weight": (64, width),
+    }
+
+
+def experts(layer: str) -> Shapes:
+    """Four routed ones and what is around them."""
+    shapes = {f"{layer}.mlp.router.weight": (4, 64), **mlp(f"{layer}.mlp.shared_experts", 32)}
+    for expert in range(4):
+        shapes |= mlp(f"{layer}.mlp.experts.local_experts.{expert}", 48)
+    return shapes
+
+
+def latent(layer: str) -> Shapes:
+    """Ranks 32 and 16; heads of 8 + 8 rows for q and k, of which 8 are shared for k, and of 12 for v."""
+    at = f"{layer}.self_attention"
+    return {
+        f"{at}.linear_proj.weight": (64, 48),
+        f"{at}.linear_q_down_proj.weight": (32, 64),
+        f"{at}.linear_kv_down_proj.weight": (24, 64),
+        **heads(f"{at}.linear_q_up_proj.weight", "q", range(4), (16, 32)),
+        **heads(f"{at}.linear_kv_up_proj.weight", "k", range(4), (8, 16)),
+        **heads(f"{at}.linear_kv_up_proj.weight", "v", range(4), (12, 16)),
+    }
+
+
+def latent_components(layer: str) -> Shapes:
+    """The same heads, and q without a down projection."""
+    at = f"{layer}.self_attention"
+    return {
+        f"{at}.linear_proj.weight": (64, 48),
+        f"{at}.linear_q_proj.weight[q]": (64, 64),
+        f"{at}.linear_kv_down_proj.weight": (24, 64),
+        f"{at}.linear_kv_up_proj.weight[k]": (32, 16),
+        f"{at}.linear_kv_up_proj.weight[v]": (48, 16),
+    }
+
+
+def components(layer: str) -> Shapes:
+    """Eight q heads and two of k and v, of eight rows."""
+    qkv = f"{layer}.self_attention.linear_qkv.weight"
+    return {
+        f"{layer}.self_attention.linear_proj.weight": (64, 64),
+        f"{qkv}[q]": (64, 64),
+        f"{qkv}[k]": (16, 64),
+        f"{qkv}[v]": (16, 64),
+    }
+
+
+LAYERS_OF_FOUR = [f"decoder.layers.{i}" for i in range(4)]
+LAYERS = LAYERS_OF_FOUR[:2]
+NEXT_TOKENS = "mtp.layers.0.mtp_model_layer"
+LATENT = ["--multi-latent-attention", "--kv-lora-rank", 16, "--qk-head-dim", 8, "--qk-pos-emb-head-dim", 8]
+LATENT += ["--v-head-dim", 12]
+LATENT_MOE = [*LATENT, "--q-lora-rank", 32, *MOE]
+PP2 = ["--pipeline-model-parallel-size", 2]
+SP, EP2, ETP1 = (
+    "--sequence-parallel",
+    ["--expert-model-parallel-size", 2],
+    ["--expert-tensor-parallel-size", 1],
+)
+
+
+def joined(*shapes: Shapes) -> Shapes:
+    return {name: shape for part in shapes for name, shape in part.items()}
+
+
+LATENT_MOE_SHAPES = joined(
+    *(latent(layer) for layer in LAYERS), mlp(f"{LAYERS[0]}.mlp", 96), experts(LAYERS[1])
+)
+# Flags, the matrices they make, and a parallel layout: tensor-parallel size, ranks, flags.
+MODELS: dict[str, tuple[list[Any], Shapes, int, int, list[Any]]] = {
+    "multi-query": (
+        ["--num-query-groups", 1],
+        joined(*(attention(layer, groups=1) | mlp(f"{layer}.mlp", 96) for layer in LAYERS)),
+        *(4, 4, []),
+    ),
+    "components": (
+        ["--num-attention-heads", 8, "--kv-channels", 8, "--spectral-qkv-split", "component"],
+        joined(*(components(layer) | mlp(f"{layer}.mlp", 96) for layer in LAYERS)),
+        *(4, 4, []),
+    ),
+    "gated-attention-more-tokens": (
+        ["--attention-output-gate", "--mtp-num-layers", 1],
+        joined(
+            *(attention(at, gated=True) | mlp(f"{at}.mlp", 96) for at in [*LAYERS, NEXT_TOKENS]),
+            {"mtp.layers.0.eh_proj.weight": (64, 128)},
+        ),
+        *(2, 4, PP2),
+    ),
+    "latent-experts": (LATENT_MOE, LATENT_MOE_SHAPES, 2, 4, [SP, *EP2]),
+    "latent-experts-uncut": (LATENT_MOE, LATENT_MOE_SHAPES, 2, 2, [SP, *ETP1]),
+    "latent-components-virtual-stages": (
+        ["--num-layers", 4, *LATENT, "--spectral-qkv-split", "component"],
+        joined(*(latent_components(at) | mlp(f"{at}.mlp", 96) for at in LAYERS_OF_FOUR)),
+        *(2, 4, [SP, *PP2, "--num-layers-per-virtual-pipeline-stage", 1]),
+    ),
+}
+
+
+def first_loss(run: Run) -> float:
+    return float(re.findall(r"lm loss: (\S+)", run.log)[0])
+
+
+@pytest.fixture(scope="module")
+def build(megatron: Megatron) -> Any:
+    """A function that builds a model and runs one iteration; each model is built once."""
+    runs: dict[str, Run] = {}
+
+    def run(flags: list[Any], tp: int = 1, ranks: int = 1) -> Run:
+        argv = tiny(*flags, "--spectral-mup-init", "--train-iters", 1, "--lr-warmup-iters", 0, tp=tp)
+        if "--multi-latent-attention" in flags:
+            at = argv.index("--group-query-attention")
+            del argv[at : at + 3]  # with the number of groups; Megatron refuses it here
+            if "--q-lora-rank" not in flags:
+                argv.remove("--qk-layernorm")  # it would norm what is between two projections of q
+        if (key := " ".join(argv)) not in runs:
+            calls = ("layout_probes:matrices", "layout_probes:no_update")
+            runs[key] = megatron.run(argv, ranks, calls=calls)
+        return runs[key]
+
+    return run
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_matrices_of_a_model(build: Any, name: str) -> None:
+    """Every name and shape; equal initial weights on their spheres; and the same loss from them.
+
+    The loss says that the shards of one logical matrix are used as one by Megatron.
+    """
+    flags, expected, tp, ranks, parallel = MODELS[name]
+    single, cut = build(flags), build([*flags, *parallel], tp, ranks)
+    for run in (single, cut):
+        found = {name: tuple(matrix.shape) for name, matrix in run.merged("matrices").items()}
+        assert found == expected
+    for matrix, weight in single.merged("matrices").items():
+        torch.testing.assert_close(cut.merged("matrices")[matrix], weight, rtol=0, atol=0)
+        norm = torch.linalg.svdvals(weight.double())[0].item()
+        assert norm == pytest.approx(math.sqrt(weight.shape[0] / weight.shape[1]), rel=1e-3), matrix
+    assert first_loss(cut) == pytest.approx(first_loss(single), rel=1e-5)
+    assert all(place == (None, None) for place in single.merged("placement").values())
+
+
+def test_heads_cut_over_ranks(build: Any) -> None:
+    """One query group over four ranks, 24 rows each: heads of 16 rows begin at 0, 16, 32 and so on."""
+    run = build(["--num-query-groups", 1], 4, 4)
+    place = run.merged("placement")
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    assert {label: place[f"{name}[{label}]"] for label in ("q0", "q1", "q2", "q3", "k0", "v0")} == {
+        "q0": (None, None),
+        "q1": (0, (8, 8, 0, 0)),
+        "q2": (None, None),
+        "q3": (None, None),
+        "k0": (0, (0, 0, 8, 8)),
+        "v0": (None, None),
+    }
+    for rank, saved in enumerate(run.saved("placement")):
+        assert {f"{name}[q1]", f"{name}[k0]"} < saved.keys(), "all ranks take part in cut matrices"
+        assert (f"{name}[v0]" in saved) == (rank == 3)
+
+
+@pytest.fixture(scope="module")
+def stored_experts(megatron: Megatron) -> Run:
+    flags = [*MOE, "--sequence-parallel", "--expert-model-parallel-size", 2]
+    argv = tiny(*flags, "--expert-tensor-parallel-size", 2, "--spectral-mup-init", tp=2)
+    calls = ("layout_probes:matrices", "layout_probes:stored_experts", "layout_probes:stop")
+    return megatron.run(argv, 4, calls=calls)
+
+
+@pytest.mark.parametrize("form", ["grouped", "interleaved", "3-D", "2-D"])
+def test_every_way_to_store_experts(stored_experts: Run, form: str) -> None:
+    """The same matrices, under their expert's global number, with the same initial weights."""
+    by_itself = stored_experts.merged("matrices")
+    found = stored_experts.merged(form)
+    layer = "decoder.layers.1.mlp.experts"
+    expected = {}
+    for expert in range(4):
+        for fc, label in (("linear_fc1", "gate"), ("linear_fc1", "up"), ("linear_fc2", "")):
+            source = f"{layer}.local_experts.{expert}.{fc}.weight" + (f"[{label}]" if label else "")
+            if form in ("grouped", "interleaved"):
+                name = f"{layer}.{fc}.weight{expert}" + (f"[{label}]" if label else "")
+            else:
+                name = f"{layer}.{fc}.weight[expert{expert}{'.' if label else ''}{label}]"
+            expected[name] = by_itself[source]
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=0)
+
+
+def test_a_model_with_grouped_experts_begins_as_with_experts_by_themselves(build: Any) -> None:
+    """Other parameters under other names, the same matrices and loss."""
+    single = build(LATENT_MOE)
+    grouped = build([*LATENT_MOE, "--moe-grouped-gemm", SP, *EP2], 2, 4)
+    found = {
+        re.sub(r"experts\.(linear_fc\d)\.weight(\d+)", r"experts.local_experts.\2.\1.weight", name): weight
+        for name, weight in grouped.merged("matrices").items()
+    }
+    assert found.keys() == LATENT_MOE_SHAPES.keys() != grouped.merged("matrices").keys()
+    for name, weight in single.merged("matrices").items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=0)
+    assert first_loss(grouped) == pytest.approx(first_loss(single), rel=1e-5)
+
+
+def test_hybrid_stack_has_the_names_of_a_gpt(megatron: Megatron) -> None:
+    """Attention and MLP as layers of their own; numbers from the stage's offset of six layers."""
+    run = megatron.run(tiny(tp=2), 2, calls=("layout_probes:hybrid_names", "layout_probes:stop"))
+    found = {name: tuple(matrix.shape) for name, matrix in run.merged("hybrid").items()}
+    assert found == attention("decoder.layers.6") | mlp("decoder.layers.7.mlp", 96)
+
+
+# ---------------------------------------------------------------- rules, without a model
+
+CONFIG: dict[str, Any] = {
+    "gated_linear_unit": True,
+    "num_attention_heads": 4,
+    "num_query_groups": 1,
+    "kv_channels": 4,
+    "attention_output_gate": False,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_head_dim": 4,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 6,
+    "init_method": nn.init.normal_,
+    "output_layer_init_method": nn.init.normal_,
+}
+
+
+def parameter(
+    name: str, stored: Tensor, dim: int | None = None, size: int = 1, rank: int = 0, **more: Any
+) -> ModelParameter:
+    return ModelParameter(name, stored, SimpleNamespace(**CONFIG), dim, None, size, rank, **more)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.layers.0.self_attention.linear_proj.weight",
+        "decoder.layers.0.self_attention.linear_q_down_proj.weight",
+        "decoder.layers.0.self_attention.linear_kv_down_proj.weight",
+        "decoder.layers.0.mlp.linear_fc2.weight",
+        "decoder.layers.0.mlp.router.weight",
+        "decoder.layers.0.mlp.experts.local_experts.3.linear_fc2.weight",
+        "decoder.layers.0.mlp.experts.linear_fc2.weight3",
+        "decoder.layers.0.mlp.shared_experts.linear_fc2.weight",
+        "decoder.layers.0.mlp.shared_experts.gate_weight",
+        "decoder.layers.0.mlp.fc1_latent_proj.weight",
+        "decoder.layers.0.mlp.fc2_latent_proj.weight",
+        "mtp.layers.0.eh_proj.weight",
+        "mtp.layers.0.transformer_layer.self_attention.linear_proj.weight",
+        "mtp.layers.0.mtp_model_layer.layers.1.mlp.linear_fc2.weight",
+    ],
+)
+def test_whole_matrices(name: str) -> None:
+    (split,) = layout_of(parameter(name, torch.zeros(6, 5), 0, 2), SpectralConfig()).splits
+    assert (split.label, split.shape, split.partition_dim) == ("", (12, 5), 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.layers.0.self_attention.foo_linear_proj.weight",
+        "decoder.layers.0.self_attention.core_attention.indexer.linear_weights_proj.weight",
+        "decoder.layers.0.self_attention.core_attention.indexer.linear_wq_b.weight",
+        "decoder.layers.0.self_attention.in_proj.weight",
+        "decoder.layers.0.mixer.in_proj.weight",
+        "decoder.layers.0.mixer.out_proj.weight",
+        "decoder.layers.0.cross_attention.linear_kv.weight",
+        "decoder.layers.0.mlp.my_router.weight",
+        "decoder.layers.0.mlp.other_linear_fc1.weight",
+        "decoder.layers.0.mlp.linear_fc2.weight_scale",
+    ],
+)
+def test_what_no_rule_covers_is_an_error(name: str) -> None:
+    p = parameter(name, torch.zeros(6, 4))
+    assert p.is_matrix and not has_rule(p)
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)} \(6, 4\): no rule .*--spectral-exclude"):
+        layout_of(p, SpectralConfig())
+
+
+def test_granularity_of_fused_weights() -> None:
+    """Labels for each setting; down projections have no heads and stay whole unless they are fused."""
+    at = "decoder.layers.0.self_attention"
+    stored = {
+        "linear_qkv": (24, ["q0", "q1", "q2", "q3", "k0", "v0"], ["q0", "k0", "v0"], ["q", "k", "v"]),
+        "linear_q_up_proj": (32, *[["q0", "q1", "q2", "q3"]] * 2, ["q"]),
+        "linear_q_proj": (32, *[["q0", "q1", "q2", "q3"]] * 2, ["q"]),
+        "linear_kv_up_proj": (40, *[[f"{x}{h}" for h in range(4) for x in "kv"]] * 2, ["k", "v"]),
+        "linear_qkv_down_proj": (28, *[["q", "kv"]] * 3),
+    }
+    for name, (rows, *by_granularity) in stored.items():
+        p = parameter(f"{at}.{name}.weight", torch.zeros(rows, 5))
+        for granularity, labels in zip(("head", "group", "component"), by_granularity, strict=True):
+            layout = layout_of(p, SpectralConfig(qkv_split=granularity))
+            assert [split.label for split in layout.splits] == labels
+        (split,) = layout_of(p, SpectralConfig(qkv_split="whole")).splits
+        assert (split.label, split.shape) == ("", (rows, 5))
+
+
+def test_gate_and_up_or_whole() -> None:
+    for name in (
+        "mlp.linear_fc1.weight",
+        "mlp.shared_experts.linear_fc1.weight",
+        "mlp.experts.linear_fc1.weight7",
+    ):
+        p = parameter(f"decoder.layers.0.{name}", torch.zeros(8, 5), 0, 2)
+        assert [s.label for s in layout_of(p, SpectralConfig()).splits] == ["gate", "up"]
+        (split,) = layout_of(p, SpectralConfig(mlp_split="whole")).splits
+        assert split.shape == (16, 5)
+    packed = parameter("experts.linear_fc1.weight", torch.zeros(2, 8, 5), 0, 2, experts=(2, 3))
+    whole = layout_of(packed, SpectralConfig(mlp_split="whole")).splits
+    assert [(s.label, s.shape) for s in whole] == [("expert2", (16, 5)), ("expert3", (16, 5))]
+
+
+def test_biases_and_embeddings_are_no_matrices() -> None:
+    assert not parameter("decoder.layers.0.mlp.experts.linear_fc1.bias", torch.zeros(4, 8)).is_matrix
+    assert not parameter("embedding.position_embeddings.weight", torch.zeros(4, 8)).is_matrix
+    assert not parameter("decoder.layers.0.mixer.conv1d.weight", torch.zeros(4, 1, 3)).is_matrix
+    assert parameter("experts.linear_fc2.weight", torch.zeros(2, 4, 8), experts=(0, 1)).is_matrix
+
+
+def test_layers_inside_layers_and_grouped_experts_are_numbered_globally() -> None:
+    """The second stage's decoder, and a layer of multi-token prediction with a stack of its own."""
+    chunk = nn.Module()
+    chunk.module = nn.Module()
+    for path, numbers in (("decoder", [5, 6]), ("mtp", [2])):
+        block = nn.Module()
+        block.layers = nn.ModuleList(nn.Module() for _ in numbers)
+        chunk.module.add_module(path, block)
+        for layer, number in zip(block.layers, numbers, strict=True):
+            layer.layer_number = number  # type: ignore[assignment]
+    inner = nn.Module()
+    inner.layers = nn.ModuleList([nn.Module()])
+    inner.layers[0].layer_number = 1  # type: ignore[assignment]
+    chunk.module.mtp.layers[0].mtp_model_layer = inner  # type: ignore[union-attr]
+    rename = global_names(chunk, first_expert=8)
+    assert {old: rename(f"module.{old}") for old in EXPECTED_NAMES} == EXPECTED_NAMES
+
+
+EXPECTED_NAMES = {
+    "decoder.layers.1.mlp.linear_fc1.weight": "decoder.layers.5.mlp.linear_fc1.weight",
+    "decoder.layers.0.mlp.experts.linear_fc1.weight3": "decoder.layers.4.mlp.experts.linear_fc1.weight11",
+    "decoder.layers.0.mlp.experts.linear_fc1.bias3": "decoder.layers.4.mlp.experts.linear_fc1.bias11",
+    "decoder.layers.0.mlp.experts.linear_fc1.weight": "decoder.layers.4.mlp.experts.linear_fc1.weight",
+    "decoder.layers.0.mlp.experts.local_experts.0.linear_fc2.weight": (
+        "decoder.layers.4.mlp.experts.local_experts.8.linear_fc2.weight"
+    ),
+    "mtp.layers.0.mtp_model_layer.layers.0.mlp.router.weight": (
+        "mtp.layers.1.mtp_model_layer.layers.0.mlp.router.weight"
+    ),
+    "embedding.word_embeddings.weight": "embedding.word_embeddings.weight",
+}
+
+
+# ---------------------------------------------------------------- initial weights, all ranks in one process
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "size", "more"),
+    [
+        ("self_attention.linear_qkv.weight", (24, 5), 8, {}),
+        ("self_attention.linear_kv_up_proj.weight", (40, 5), 4, {}),
+        ("self_attention.linear_qkv_down_proj.weight", (28, 5), 4, {}),
+        ("mlp.linear_fc1.weight", (24, 5), 2, {}),
+        ("mlp.shared_experts.linear_fc1.weight", (24, 5), 2, {"glu_interleave": 3}),
+    ],
+)
+@pytest.mark.parametrize("granularity", ["head", "component", "whole"])
+def test_initial_weights_do_not_depend_on_the_cut(  # type: ignore[no-untyped-def]
+    monkeypatch, name, shape, size, more, granularity
+) -> None:
+    """Whatever is taken as one matrix: a rank gets its rows of the parts that Megatron sees."""
+    monkeypatch.setattr(initialization, "_shared_seed", lambda: 7)
+    shared = SpectralConfig(
+        qkv_split=granularity, mlp_split="whole" if granularity == "whole" else "gate_up"
+    )
+
+    def drawn(ranks: int, **more: Any) -> dict[str, Tensor]:
+        """Heads, gate and up, and so on, from the shards of all ranks."""
+        parts: dict[str, list[Tensor]] = {}
+        for rank in range(ranks):
+            stored = torch.zeros(shape[0] // ranks, shape[1])
+            dim = 0 if ranks > 1 else None
+            p = parameter(f"decoder.layers.0.{name}", stored, dim, ranks, rank, **more)
+            initialization.initialize_by_name([p], [p], SSOConfig(), shared)
+            for split in layout_of(p, SpectralConfig()).splits:
+                parts.setdefault(split.label, []).append(split.read(stored))
+        return {label: torch.cat(found) for label, found in parts.items()}
+
+    whole, cut = drawn(1), drawn(size, **more)
+    assert whole.keys() == cut.keys()
+    for label, matrix in whole.items():
+        assert torch.equal(cut[label], matrix), label
+
+
+def test_what_no_rule_covers_is_drawn_and_cut(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(initialization, "_shared_seed", lambda: 7)
+
+    def drawn(dim: int | None, size: int) -> list[Tensor]:
+        stored = [
+            torch.zeros(8 // size if dim == 0 else 8, 6 // size if dim == 1 else 6) for _ in range(size)
+        ]
+        for rank, shard in enumerate(stored):
+            p = parameter("decoder.layers.0.mixer.out_proj.weight", shard, dim, size, rank)
+            initialization.initialize_by_name([p], [], SSOConfig(), SpectralConfig())
+        return stored
+
+    (whole,) = drawn(None, 1)
+    assert torch.equal(torch.cat(drawn(0, 2)), whole) and torch.equal(torch.cat(drawn(1, 2), dim=1), whole)
