@@ -80,7 +80,7 @@ def _whole_weights(built: Any) -> dict[str, torch.Tensor]:
         member.name: weight.clone()
         for optimizer in spectral_optimizers(built)
         for batch in optimizer.batches
-        for member, weight in zip(batch.members, batch.gather_weights(), strict=True)
+        for member, weight in zip(batch.members, batch.whole(batch.weights()), strict=True)
     }
 
 
@@ -110,14 +110,12 @@ def momenta(built: Any) -> dict[str, torch.Tensor]:
         member.name: buffer.clone()
         for optimizer in spectral_optimizers(built)
         for batch in optimizer.batches
-        for member, buffer in zip(
-            batch.members,
-            batch.gather(
-                [m.split.read(optimizer.state[m.param]["momentum_buffer"]) for m in batch.members]
-            ),
-            strict=True,
-        )
+        for member, buffer in zip(batch.members, whole_momenta(optimizer, batch), strict=True)
     }
+
+
+def whole_momenta(optimizer: Any, batch: Any) -> torch.Tensor:
+    return batch.whole(batch.read(optimizer.state[m.param]["momentum_buffer"] for m in batch.members))
 
 
 def loaded_momentum() -> None:
@@ -136,65 +134,51 @@ def no_process_group() -> None:
     torch.distributed.init_process_group = marked
 
 
-def count_collectives() -> None:
-    """Save how many all-gathers each optimizer step issues, and their bytes."""
-    import torch.distributed as dist
+class Collectives:
+    """Counts the collectives that this process issues, by kind, and the bytes of their results."""
 
+    KINDS = ("all_gather_into_tensor", "all_to_all_single", "all_reduce", "broadcast", "all_gather")
+
+    def __init__(self) -> None:
+        self.steps: list[list[tuple[str, int]]] = []
+
+    def next_step(self) -> None:
+        self.steps.append([])
+
+    def __enter__(self) -> "Collectives":
+        import torch.distributed as dist
+
+        self._originals = {kind: getattr(dist, kind) for kind in self.KINDS}
+        for kind, original in self._originals.items():
+            setattr(dist, kind, self._counted(kind, original))
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        import torch.distributed as dist
+
+        for kind, original in self._originals.items():
+            setattr(dist, kind, original)
+
+    def _counted(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def collective(output: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.steps and isinstance(output, torch.Tensor):
+                self.steps[-1].append((kind, output.numel() * output.element_size()))
+            return original(output, *args, **kwargs)
+
+        return collective
+
+
+def count_collectives() -> None:
+    """Save the collectives that each optimizer step issues, and their bytes."""
     from sso_megatron.optimizers.base import SpectralOptimizer
 
-    original, step = dist.all_gather_into_tensor, SpectralOptimizer.step
-    seen: list[list[int]] = []
+    step, counted = SpectralOptimizer.step, Collectives()
 
-    def gather(output: Any, *args: Any, **kwargs: Any) -> Any:
-        seen[-1].append(output.numel() * output.element_size())
-        return original(output, *args, **kwargs)
+    def step_counted(self: Any, closure: Any = None) -> Any:
+        with counted:
+            counted.next_step()
+            result = step(self, closure)
+        save("collectives", counted.steps)
+        return result
 
-    def counted(self: Any, closure: Any = None) -> Any:
-        seen.append([])
-        dist.all_gather_into_tensor = gather
-        try:
-            return step(self, closure)
-        finally:
-            dist.all_gather_into_tensor = original
-            save("collectives", seen)
-
-    SpectralOptimizer.step = counted
-
-
-def sharded_step() -> None:
-    """Ten steps of SSO on matrices cut over the world, without Megatron; save the whole results."""
-    import torch.distributed as dist
-
-    from sso_megatron import SSO
-    from sso_megatron.matrices.layout import ParameterLayout, whole
-
-    dist.init_process_group("gloo")
-    size, rank = dist.get_world_size(), dist.get_rank()
-    gen = torch.Generator().manual_seed(0)
-    shapes = {
-        "rows": (24, 35, 0),
-        "columns": (35, 24, 1),
-        "more rows": (24, 35, 0),
-        "uncut": (10, 14, None),
-    }
-    params, layouts, gradients, names = [], {}, [], []
-    for name, (m, n, dim) in shapes.items():
-        value = torch.randn(m, n, generator=gen)
-        steps = torch.randn(10, m, n, generator=gen)
-        if dim is not None:
-            value, steps = value.chunk(size, dim)[rank], steps.chunk(size, dim + 1)[rank]
-        param = torch.nn.Parameter(value.clone())
-        cut = dim if size > 1 else None
-        split = whole(param.shape, cut, size if cut is not None else 1)
-        layouts[id(param)] = ParameterLayout(name, (split,), dist.group.WORLD)
-        params.append(param)
-        gradients.append(steps)
-        names.append(name)
-    optimizer = SSO(params, lr=0.02, find_layout=lambda p: layouts[id(p)])
-    for i in range(10):
-        for param, steps in zip(params, gradients, strict=True):
-            param.grad = steps[i].clone()
-        optimizer.step()
-    save("shapes", {name: layouts[id(p)].splits[0].shape for name, p in zip(names, params, strict=True)})
-    save("whole", {name: matrix for name, matrix, _ in optimizer.retracted()})
-    dist.destroy_process_group()
+    SpectralOptimizer.step = step_counted

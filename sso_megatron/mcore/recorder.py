@@ -199,7 +199,7 @@ def spectra(optimizers: Iterable[SSO]) -> dict[str, dict[str, float]]:
                 batch.stats.converged,
             )
             rows = torch.stack([column.float() for column in columns], dim=1).tolist()
-            for member, (ratio, residual, converged) in zip(batch.members, rows, strict=True):
+            for member, (ratio, residual, converged) in zip(batch.here, rows, strict=True):
                 found[member.name] = {
                     "norm_over_radius": ratio,
                     "residual": residual,

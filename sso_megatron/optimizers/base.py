@@ -1,107 +1,29 @@
-"""The engine every spectral optimizer runs on: parameters in, batches of whole matrices out."""
+"""The engine every spectral optimizer runs on: parameters in, batches of matrices out."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sso_megatron.matrices.layout import ParameterLayout, Split, whole
+from sso_megatron.matrices.layout import ParameterLayout, whole
+from sso_megatron.optimizers.batches import MatrixBatch, make_batches
 from sso_megatron.optimizers.config import SpectralConfig
-from sso_megatron.parallel.gather import gather_shards, take_shard
+from sso_megatron.parallel.cost import PolarWork
 from sso_megatron.updates.momentum import direction, update_momentum_
 
 FindLayout = Callable[[Tensor], ParameterLayout]
 
-# Tensors of a matrix's size that a step holds at once: weight, momentum direction, its normalised
-# form, the shifted matrix, two iterates, the accepted update, and the products' temporaries.
-_WORKSPACE_COPIES = 12
-
-
-@dataclass(frozen=True)
-class Member:
-    """One logical matrix of a batch."""
-
-    param: Tensor
-    layout: ParameterLayout
-    split: Split
-
-    @property
-    def name(self) -> str:
-        """Global name of the logical matrix."""
-        return self.layout.matrix_name(self.split)
-
-
-@dataclass
-class MatrixBatch:
-    """Logical matrices of one shape, placement and parameter group, worked on in one go.
-
-    Attributes:
-        members: in parameter order, so that every rank of ``tp_group`` has the same order.
-        group: their parameter group.
-        cache: what the algorithm keeps for this batch from step to step; None before the first.
-        stats: what the last step reported, one entry a member; None before the first.
-    """
-
-    members: list[Member]
-    group: dict[str, Any]
-    cache: Any = None
-    stats: Any = field(default=None, repr=False)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Global ``(d_out, d_in)``."""
-        return self.members[0].split.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is worked in: float32, or float64 for float64 parameters."""
-        return torch.promote_types(self.members[0].param.dtype, torch.float32)
-
-    def gather(self, parts: Iterable[Tensor]) -> Tensor:
-        """Whole float32 (or float64) matrices from this rank's part of each.
-
-        Collectives: one all-gather over the members' group where they are cut, else none.
-
-        Args:
-            parts: this rank's part of each member's matrix; several rounds of members may follow each
-                other, which then share the one collective.
-
-        Returns:
-            ``(k, d_out, d_in)``, ``k`` the number of parts.
-        """
-        local = torch.stack([part.to(self.dtype) for part in parts])
-        first = self.members[0]
-        if first.split.partition_dim is None:
-            return local
-        return gather_shards(local, first.split.partition_dim, first.layout.tp_group)
-
-    def gather_weights(self) -> Tensor:
-        """Copies of the whole weights, ``(b, d_out, d_in)``. Collectives: see ``gather``."""
-        return self.gather(member.split.read(member.param.detach()) for member in self.members)
-
-    def scatter_(self, values: Tensor) -> None:
-        """Write whole matrices ``(b, d_out, d_in)`` back into the parameters. No collective.
-
-        A parameter without a gradient is left as it is, as every torch optimizer does.
-        """
-        first = self.members[0]
-        if first.split.partition_dim is not None:
-            values = take_shard(values, first.split.partition_dim, first.layout.tp_group)
-        for member, value in zip(self.members, values, strict=True):
-            if member.param.grad is not None:
-                member.split.write_(member.param.detach(), value)
-
 
 class SpectralOptimizer(torch.optim.Optimizer):
-    """Momentum, batching and gathering; a subclass takes the step on a batch of whole matrices.
+    """Momentum, batching and placement; a subclass takes the step on a batch of matrices.
 
-    Collectives of ``step``: one all-gather (weight and momentum direction together) for each batch
-    of equal matrices that tensor parallelism cuts; the number of batches grows only when a batch
-    exceeds the workspace. The ranks of a group must agree on which parameters have gradients.
+    Collectives of ``step``: those of each batch's placement (``parallel.placement``); their number
+    grows with the number of different shapes, and with the number of matrices only where a batch
+    exceeds the workspace. They are issued whether or not parameters have gradients. The ranks of a
+    group must agree on which parameters have one.
     """
 
     def __init__(
@@ -156,7 +78,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            _check_group(group, has_layouts=self._find_layout is not None)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -175,33 +97,18 @@ class SpectralOptimizer(torch.optim.Optimizer):
         """Batches of logical matrices, in the order in which a step takes them."""
         # Made late: Megatron puts fp32 master weights into the groups after construction.
         if self._batches is None:
-            self._batches = self._make_batches()
+            self._batches = make_batches(self.param_groups, self._layout, self.shared, self.polar_work())
         return self._batches
 
-    def _make_batches(self) -> list[MatrixBatch]:
-        by_key: dict[tuple[Any, ...], MatrixBatch] = {}
-        for index, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [
-                f"param_groups[{index}].params[{i}]" for i in range(len(group["params"]))
-            ]
-            for position, param in enumerate(group["params"]):
-                if self._find_layout is None:
-                    layout = ParameterLayout(names[position], (whole(param.shape),))
-                else:
-                    layout = self._find_layout(param)
-                for split in layout.splits:
-                    cut = None if split.partition_dim is None else id(layout.tp_group)
-                    key = (index, split.shape, split.partition_dim, cut, param.dtype, param.device)
-                    batch = by_key.setdefault(key, MatrixBatch([], group))
-                    batch.members.append(Member(param, layout, split))
-        return [part for batch in by_key.values() for part in self._within_workspace(batch)]
-
-    def _within_workspace(self, batch: MatrixBatch) -> Iterator[MatrixBatch]:
-        d_out, d_in = batch.shape
-        matrix_bytes = _WORKSPACE_COPIES * d_out * d_in * batch.dtype.itemsize
-        size = max(1, (self.shared.workspace_mib << 20) // matrix_bytes)
-        for start in range(0, len(batch.members), size):
-            yield MatrixBatch(batch.members[start : start + size], batch.group)
+    def _layout(self, group: dict[str, Any], position: int) -> ParameterLayout:
+        param = group["params"][position]
+        if self._find_layout is not None:
+            return self._find_layout(param)
+        names = group.get("param_names")
+        if names:
+            return ParameterLayout(names[position], (whole(param.shape),))
+        index = next(i for i, candidate in enumerate(self.param_groups) if candidate is group)
+        return ParameterLayout(f"param_groups[{index}].params[{position}]", (whole(param.shape),))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -215,52 +122,56 @@ class SpectralOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.init_state()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param.grad.is_sparse:
-                    raise RuntimeError(
-                        "a spectral step needs dense gradients; give a parameter with sparse "
-                        "gradients to torch.optim.SparseAdam"
-                    )
-                buffer = self.state[param]["momentum_buffer"]
-                update_momentum_(buffer, param.grad, self._momentum)
+        for param in self._parameters():
+            if param.grad is None:
+                continue
+            if param.grad.is_sparse:
+                raise RuntimeError(
+                    "a spectral step needs dense gradients; give a parameter with sparse "
+                    "gradients to torch.optim.SparseAdam"
+                )
+            update_momentum_(self.state[param]["momentum_buffer"], param.grad, self._momentum)
         for batch in self.batches:
-            if any(member.param.grad is not None for member in batch.members):
+            # Cut batches always take part: the other ranks of the group wait for this one.
+            if batch.shards is not None or any(m.param.grad is not None for m in batch.members):
                 self._step_batch(batch)
         return loss
 
     def _step_batch(self, batch: MatrixBatch) -> None:
-        weights = [member.split.read(member.param.detach()) for member in batch.members]
-        directions = [self._direction(member) for member in batch.members]
-        W, N = batch.gather(weights + directions).chunk(2)
+        shards = torch.stack([batch.weights(), self._directions(batch)])
+        W, N = batch.placement.spread(shards)
         if self._weight_decay:
             W.mul_(1 - batch.group["lr"] * self._weight_decay)
-        self.update_batch_(batch, W, N)
-        batch.scatter_(W)
+        if batch.placement.members:
+            self.update_batch_(batch, W, N)
+        batch.write_(batch.placement.collect(W))
 
-    def _direction(self, member: Member) -> Tensor:
-        buffer = member.split.read(self.state[member.param]["momentum_buffer"])
-        if member.param.grad is None:
-            return torch.zeros_like(buffer)
-        gradient = member.split.read(member.param.grad)
-        return direction(buffer, gradient, self._momentum, self._nesterov)
+    def _directions(self, batch: MatrixBatch) -> Tensor:
+        params = [member.param for member in batch.members]
+        momenta = batch.read(self.state[p]["momentum_buffer"] for p in params)
+        gradients = batch.read(torch.zeros_like(p) if p.grad is None else p.grad for p in params)
+        return direction(momenta, gradients, self._momentum, self._nesterov)
 
     def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
         """Take the algorithm's step in place.
 
         Args:
             batch: gives the group's settings and holds the algorithm's cache and statistics.
-            W: ``(b, d_out, d_in)`` whole weights, float32 or float64.
-            N: ``(b, d_out, d_in)`` momentum direction, same dtype.
+            W: ``(b, p, q)`` weights of ``batch.here``, float32 or float64; whole matrices, or rows of
+                them where ``batch.placement.total`` sums over the others.
+            N: ``(b, p, q)`` momentum direction, same dtype.
         """
         raise NotImplementedError
 
+    def polar_work(self) -> PolarWork:
+        """What a step on one matrix does, for the cost model that chooses placements."""
+        raise NotImplementedError
 
-def _check_group(group: dict[str, Any]) -> None:
+
+def _check_group(group: dict[str, Any], has_layouts: bool) -> None:
     for param in group["params"]:
-        if param.ndim != 2 or param.numel() == 0:
+        # A layout may see matrices in a tensor of more dimensions, such as packed experts.
+        if param.ndim < 2 or param.numel() == 0 or (param.ndim > 2 and not has_layouts):
             raise ValueError(
                 f"a parameter of shape {tuple(param.shape)} is no matrix; give parameters that are "
                 "not 2-D, and embeddings and the output layer, to torch.optim.AdamW"

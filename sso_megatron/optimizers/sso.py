@@ -10,14 +10,19 @@ from torch.optim.optimizer import ParamsT
 
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.matrices.scaling import target_radius, update_scale
-from sso_megatron.optimizers.base import FindLayout, MatrixBatch, SpectralOptimizer
+from sso_megatron.optimizers.base import FindLayout, SpectralOptimizer
+from sso_megatron.optimizers.batches import MatrixBatch
 from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
+from sso_megatron.parallel.cost import PolarWork
 from sso_megatron.updates.sso import (
     SSORule,
     retract_to_spectral_sphere_,
     sso_step_,
     start_cache,
 )
+
+# Mean of the published search at its tolerance of 2e-4.
+_BISECTION_TRIALS = 7
 
 
 class SSO(SpectralOptimizer):
@@ -94,6 +99,13 @@ class SSO(SpectralOptimizer):
         """Target spectral norm R of the batch's matrices."""
         return target_radius(batch.shape, self.config.radius_mode, self.config.radius_scaler)
 
+    def polar_work(self) -> PolarWork:
+        """Newton-Schulz iterations of a warm step; bisection is taken at its published mean."""
+        searches = self._rule.tangent == "solve"
+        is_tracking = self._rule.solver == "tracking"
+        num_trials = (self._rule.num_trials if is_tracking else _BISECTION_TRIALS) if searches else 1
+        return PolarWork(num_trials, len(self._rule.coefficients))
+
     def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
         """Retract, solve and update a batch in place; see ``updates.sso.sso_step_``."""
         self._warm_up(batch, W)
@@ -106,16 +118,17 @@ class SSO(SpectralOptimizer):
             scale=update_scale(batch.shape, self.config.scale_mode, radius),
             lr=batch.group["lr"],
             rule=self._rule,
+            total=batch.placement.total,
         )
 
     def _warm_up(self, batch: MatrixBatch, W: Tensor) -> None:
         if batch.cache is not None:
             return
-        cache, sigma = start_cache(W, self._rule)
+        cache, sigma = start_cache(W, self._rule, batch.placement.total)
         # The one look at values on the host, before the first step.
         dead = [
             member.name
-            for member, norm in zip(batch.members, sigma.tolist(), strict=True)
+            for member, norm in zip(batch.here, sigma.tolist(), strict=True)
             if member.param.requires_grad and not norm > 0
         ]
         if dead:
@@ -132,16 +145,23 @@ class SSO(SpectralOptimizer):
         This is what a step's retraction would give now, by the same code, on a copy. Every rank of a
         tensor-parallel group must run through it.
 
-        Collectives: one all-gather for each batch of cut matrices.
+        Collectives: those of each batch's placement, and one all-gather for each batch that is cut.
         """
         for batch in self.batches:
-            W = batch.gather_weights()
-            self._warm_up(batch, W)
+            (W,) = batch.placement.spread(batch.weights().unsqueeze(0))
             radius = self.radius(batch)
-            cache = dataclasses.replace(batch.cache)
-            lr = batch.group["lr"]
-            retract_to_spectral_sphere_(W, cache, radius=radius, lr=lr, rule=self._rule)
-            for member, matrix in zip(batch.members, W, strict=True):
+            if batch.placement.members:
+                self._warm_up(batch, W)
+                retract_to_spectral_sphere_(
+                    W,
+                    dataclasses.replace(batch.cache),
+                    radius=radius,
+                    lr=batch.group["lr"],
+                    rule=self._rule,
+                    total=batch.placement.total,
+                )
+            matrices = batch.whole(batch.placement.collect(W))
+            for member, matrix in zip(batch.members, matrices, strict=True):
                 yield member.name, matrix, radius
 
 

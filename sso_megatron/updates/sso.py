@@ -1,9 +1,13 @@
-"""One step of the Spectral Sphere Optimizer on a batch of whole matrices (arXiv 2601.08393).
+"""One step of the Spectral Sphere Optimizer on a batch of matrices (arXiv 2601.08393).
 
 Steepest descent under the spectral norm with the weight held on a spectral sphere. Algorithm 1 of the
 paper, after the momentum: find ``(sigma, u, v)`` of ``W``, retract ``W`` to the sphere, find ``lam``
 with ``<u v^T, msign(M + lam u v^T)> = 0``, and step along that ``msign``. MuonSphere is the same
 without the search.
+
+The same body works on whole matrices and on matrices whose rows are cut over ranks: with ``total``,
+the sum over those ranks, every product that contracts the cut dimension is summed, and ``u`` is this
+rank's part of the left singular vector.
 """
 
 import math
@@ -13,7 +17,8 @@ import torch
 from torch import Tensor
 
 from sso_megatron.linalg.coefficients import Coefficients
-from sso_megatron.linalg.polar import frobenius_normalize, msign
+from sso_megatron.linalg.polar import Total, frobenius_norm
+from sso_megatron.linalg.polar_line import PolarLine, add_rank_one, polar_line
 from sso_megatron.linalg.power_iteration import TopSingular, power_iteration, start_basis
 from sso_megatron.linalg.root_finding import Root, bisect_root, track_root
 
@@ -52,7 +57,7 @@ class SpectralCache:
     """What a batch keeps from step to step.
 
     Attributes:
-        basis: ``(b, min(m, n), k)`` block of the power iteration.
+        basis: ``(b, s, k)`` block of the power iteration.
         lam: ``(b,)`` where the next search for the root starts.
         slope: ``(b,)`` slope of ``h`` at the root.
         is_cold: no step has used it yet, so that the search may take more trials.
@@ -92,16 +97,16 @@ _COLD_SLOPE = 10.0
 _BRACKET_STEP = 1e-3
 
 
-def start_cache(W: Tensor, rule: SSORule) -> tuple[SpectralCache, Tensor]:
+def start_cache(W: Tensor, rule: SSORule, total: Total | None = None) -> tuple[SpectralCache, Tensor]:
     """Cache for a batch that has none, and the spectral norms ``(b,)`` found on the way.
 
     Args:
         W: ``(b, m, n)`` float32 or float64.
         rule: the step's settings.
+        total: sum over the ranks that hold the other rows; None for whole matrices.
     """
-    top = power_iteration(
-        W, start_basis(W, rule.power_block), degree=rule.power_degree, num_passes=_COLD_PASSES
-    )
+    basis = start_basis(W, rule.power_block, rows_are_cut=total is not None)
+    top = power_iteration(W, basis, degree=rule.power_degree, num_passes=_COLD_PASSES, total=total)
     lam = torch.zeros_like(top.sigma)
     return SpectralCache(top.basis, lam, torch.full_like(lam, _COLD_SLOPE)), top.sigma
 
@@ -118,7 +123,13 @@ def retraction_factor(sigma: Tensor, radius: float, lr: float, rule: SSORule) ->
 
 
 def retract_to_spectral_sphere_(
-    W: Tensor, cache: SpectralCache, *, radius: float, lr: float, rule: SSORule
+    W: Tensor,
+    cache: SpectralCache,
+    *,
+    radius: float,
+    lr: float,
+    rule: SSORule,
+    total: Total | None = None,
 ) -> TopSingular:
     """Find the top singular triplet of every ``W`` and scale it to the sphere, in place.
 
@@ -128,11 +139,12 @@ def retract_to_spectral_sphere_(
         radius: target spectral norm.
         lr: learning rate, which dynamic retraction needs.
         rule: the step's settings.
+        total: sum over the ranks that hold the other rows; None for whole matrices.
 
     Returns:
         The triplet of the weight before it was scaled.
     """
-    top = power_iteration(W, cache.basis, degree=rule.power_degree)
+    top = power_iteration(W, cache.basis, degree=rule.power_degree, total=total)
     cache.basis = top.basis
     W.mul_(retraction_factor(top.sigma, radius, lr, rule)[:, None, None])
     return top
@@ -147,78 +159,56 @@ def sso_step_(
     scale: float,
     lr: float,
     rule: SSORule,
+    total: Total | None = None,
 ) -> SSOStats:
     """Retract, solve, update: ``W <- retract(W) - lr * scale * Phi`` in place.
 
     Args:
-        W: ``(b, m, n)`` weights, float32 or float64, whole logical matrices.
+        W: ``(b, m, n)`` weights, float32 or float64, whole logical matrices or this rank's rows.
         N: ``(b, m, n)`` momentum direction, same dtype.
         cache: used and updated.
         radius: target spectral norm R.
         scale: factor of the update.
         lr: learning rate.
         rule: the step's settings.
+        total: sum over the ranks that hold the other rows; None for whole matrices. It is called five
+            times a step, twice with ``(b, n, n)`` and once with ``(b, n, n + 1)`` numbers.
     """
-    top = retract_to_spectral_sphere_(W, cache, radius=radius, lr=lr, rule=rule)
-    M = frobenius_normalize(N)
-    searches = rule.tangent == "solve"
-    root = _solve(M, top, cache, rule) if searches else _at_zero(M, top, rule)
+    top = retract_to_spectral_sphere_(W, cache, radius=radius, lr=lr, rule=rule, total=total)
+    norm = frobenius_norm(N, total)
+    M = N / norm.clamp_min(torch.finfo(N.dtype).tiny).to(N.dtype)[:, None, None]
+    line = polar_line(M, top, norm > 0, rule.coefficients, total)
+    lam, num_trials, trial = (
+        torch.zeros_like(top.sigma),
+        torch.ones_like(top.sigma, dtype=torch.int64),
+        None,
+    )
+    if rule.tangent == "solve":
+        root = _solve(line, top, norm > 0, cache, rule)
+        lam, num_trials, trial = root.lam, root.num_trials, (root.value, root.extra)
     cache.is_cold = False
-    Phi = root.extra
+    h, Phi = line.accept(lam, trial)
     if rule.tangent != "none":
         # <Theta, Phi> = h exactly, so this puts Phi on the tangent space whatever the search left.
-        Phi = _add_rank_one(Phi, -root.value, top)
+        Phi = add_rank_one(Phi, -h, top.u, top.v)
     W.add_(Phi, alpha=-lr * scale)
-    return SSOStats(top.sigma, root.lam, root.value, root.num_trials, root.converged)
+    return SSOStats(top.sigma, lam, h, num_trials, h.abs() <= rule.tolerance)
 
 
-def _add_rank_one(X: Tensor, weight: Tensor, top: TopSingular) -> Tensor:
-    """``X + weight u v^T`` for ``X`` ``(b, m, n)`` and ``weight`` ``(b,)``."""
-    return torch.baddbmm(X, (weight[:, None] * top.u).unsqueeze(-1), top.v.unsqueeze(-2))
-
-
-def _inner(Phi: Tensor, top: TopSingular) -> Tensor:
-    """``<u v^T, Phi>``, ``(b,)``."""
-    return (top.u * (Phi @ top.v.unsqueeze(-1)).squeeze(-1)).sum(dim=-1)
-
-
-def _at_zero(M: Tensor, top: TopSingular, rule: SSORule) -> Root:
-    """The plain ``msign(M)`` as a root at ``lam = 0`` that was not searched for."""
-    Phi = msign(M, rule.coefficients)
-    h = _inner(Phi, top)
-    return Root(
-        torch.zeros_like(h),
-        h,
-        Phi,
-        torch.ones_like(h, dtype=torch.int64),
-        h.abs() <= rule.tolerance,
-    )
-
-
-def _solve(M: Tensor, top: TopSingular, cache: SpectralCache, rule: SSORule) -> Root:
-    """``lam`` with ``h(lam) = <u v^T, msign(M + lam u v^T)> = 0`` and the ``msign`` there."""
-    # A zero momentum has no direction: msign(lam u v^T) would be a step along the weight itself.
-    moves = M.abs().amax(dim=(-2, -1)) > 0
-
-    def evaluate(lam: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        part = top if rows is None else TopSingular(top.sigma[rows], top.u[rows], top.v[rows], top.basis)
-        mask = moves if rows is None else moves[rows]
-        X = _add_rank_one(M if rows is None else M[rows], lam, part)
-        Phi = msign(X, rule.coefficients) * mask[:, None, None]
-        return _inner(Phi, part), Phi
-
+def _solve(line: PolarLine, top: TopSingular, moves: Tensor, cache: SpectralCache, rule: SSORule) -> Root:
+    """``lam`` with ``h(lam) = <u v^T, msign(M + lam u v^T)> = 0``."""
     if rule.solver == "bisection":
         return bisect_root(
-            evaluate,
+            line.evaluate,
             torch.zeros_like(top.sigma),
             first_step=_BRACKET_STEP,
             # |lam*| <= 2 ||M||_* (theorem A.3), and ||M||_* <= sqrt(rank) for ||M||_F = 1.
-            bound=2 * math.sqrt(min(M.shape[-2:])),
+            bound=2 * math.sqrt(cache.basis.size(-2)),
             tolerance=rule.tolerance,
             max_iterations=rule.max_iterations,
         )
     found = track_root(
-        evaluate,
+        line.evaluate,
         cache.lam,
         cache.slope,
         tolerance=rule.tolerance,

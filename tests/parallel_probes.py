@@ -1,0 +1,100 @@
+"""Sharded matrices over real process groups, without Megatron; told what to do by one JSON argument."""
+
+import json
+import sys
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from probes import Collectives, save
+
+from sso_megatron import SSO
+from sso_megatron.matrices.layout import ParameterLayout, Split
+from sso_megatron.optimizers.config import SpectralConfig
+
+
+def shard_of(whole: torch.Tensor, dim: int | None, rows: list[int] | None) -> torch.Tensor:
+    """This rank's part of ``(..., m, n)``: the tests' own idea of a cut."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if dim is None:
+        return whole
+    if rows is not None:
+        start = [0, *accumulate(rows)][rank]
+        return whole[..., start : start + rows[rank], :]
+    length = whole.size(dim - 2) // size
+    return whole.narrow(dim - 2, rank * length, length)
+
+
+def whole_of(shard: torch.Tensor) -> list[torch.Tensor]:
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, shard)
+    return parts
+
+
+def gradients_of(m: int, n: int, steps: int, kind: str, gen: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(steps, m, n, generator=gen)
+    if kind == "noise":
+        return noise
+    U, _, Vt = torch.linalg.svd(noise, full_matrices=False)
+    return (U * torch.logspace(0, -5, min(m, n))) @ Vt  # every step as ill-conditioned as they come
+
+
+def train() -> None:
+    """Steps of SSO on matrices cut over the world.
+
+    Saves every whole matrix, momentum and radius; the modes of the batches; and the collectives of
+    every step. The argument: ``matrices`` (name to ``[m, n, dim, rows by rank]``), ``mode``,
+    ``steps``, ``gradients`` (``noise`` or ``decaying``), ``settings``, ``without_gradient`` (names).
+    """
+    task = json.loads(sys.argv[1])
+    dist.init_process_group("gloo")
+    size, rank = dist.get_world_size(), dist.get_rank()
+    gen = torch.Generator().manual_seed(0)
+    params, layouts, gradients = {}, {}, {}
+    for name, (m, n, dim, rows) in task["matrices"].items():
+        whole = torch.randn(m, n, generator=gen)
+        steps = gradients_of(m, n, task["steps"], task["gradients"], gen)
+        dim, rows = (dim, rows) if size > 1 else (None, None)
+        value, gradients[name] = shard_of(whole, dim, rows), shard_of(steps, dim, rows)
+        local = value.size(0)
+        held = ((0, local),) if local else ()
+        splits = [Split("", held, (m, n), dim, None if rows is None else tuple(rows))]
+        if rows is not None:  # no parameter is ever empty: two more rows, another matrix, below
+            below = torch.eye(2, n)
+            value = torch.cat([value, below])
+            gradients[name] = torch.cat([gradients[name], below.expand(task["steps"], -1, -1)], dim=1)
+            splits.append(Split(f"below{rank}", ((local, local + 2),), (2, n), None))
+        params[name] = torch.nn.Parameter(value.clone())
+        layouts[id(params[name])] = ParameterLayout(name, tuple(splits), dist.group.WORLD)
+    order = list(params)
+    if rank % 2 and task.get("shuffle"):
+        order.reverse()  # what differs in shape may come in any order
+    without = task.get("without_gradient", [])
+    optimizer = SSO(
+        [params[name] for name in order],
+        lr=0.02,
+        shared=SpectralConfig(tp_mode=task["mode"]),
+        find_layout=lambda p: layouts[id(p)],
+        **task.get("settings", {}),
+    )
+    with Collectives() as seen:
+        for i in range(task["steps"]):
+            for name, param in params.items():
+                param.grad = None if name in without else gradients[name][i].clone()
+            seen.next_step()
+            optimizer.step()
+    save("collectives", seen.steps)
+    save("modes", {member.name: batch.mode for batch in optimizer.batches for member in batch.members})
+    named = [entry for entry in optimizer.retracted() if "[below" not in entry[0]]
+    save("radii", {name: radius for name, _, radius in named})
+    save("retracted", {name: matrix.clone() for name, matrix, _ in named})
+    # Put together by the tests' own means, not by the optimizer's.
+    finals = {}
+    for name, (_, _, dim, rows) in task["matrices"].items():
+        value = params[name].detach()
+        if rows is not None and size > 1:
+            value = value[: rows[rank]]
+        finals[name] = value if dim is None or size == 1 else torch.cat(whole_of(value), dim)
+    save("final", finals)
+    dist.destroy_process_group()

@@ -1,0 +1,96 @@
+"""The line of SSO's search, whole and cut, against float64 SVD; and the Gram form it rests on."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from test_polar import EIGHT, with_spectrum
+
+from sso_megatron.linalg.polar import gram_polynomial
+from sso_megatron.linalg.polar_line import polar_line
+from sso_megatron.linalg.power_iteration import TopSingular, power_iteration, start_basis
+
+SHAPES = [(48, 24), (24, 48), (32, 32)]
+
+
+def line_of(M: np.ndarray, W: np.ndarray, total) -> tuple:  # type: ignore[type-arg, no-untyped-def]
+    """The line, and ``M`` and ``Theta`` as it sees them: rounded to float32."""
+    sigma, *vectors = oracle.top_triplet(W)
+    X, u, v = (torch.from_numpy(a).float()[None] for a in (M / np.linalg.norm(M), *vectors))
+    top = TopSingular(torch.tensor([sigma]), u, v, torch.zeros(1, 1, 1))
+    Theta = np.outer(u[0].double().numpy(), v[0].double().numpy())
+    return polar_line(X, top, torch.tensor([True]), EIGHT, total), X[0].double().numpy(), Theta
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("condition", [10.0, 1e3, 1e5, 1e7])
+@pytest.mark.parametrize("total", [None, lambda part: part], ids=["whole", "cut"])
+def test_line_follows_the_oracle(shape, condition, total) -> None:  # type: ignore[no-untyped-def]
+    """``h`` and the accepted ``msign``, also where the Gram matrix of the long side has no full rank."""
+    values = np.geomspace(1, 1 / condition, min(shape))
+    M, W = with_spectrum(*shape, values), with_spectrum(*shape, values, seed=1)
+    line, M, Theta = line_of(M, W, total)
+    for lam in (0.0, 0.05, -0.3):
+        wanted = oracle.newton_schulz_factor(M + lam * Theta, EIGHT)
+        trial = line.evaluate(torch.tensor([lam]))
+        assert trial[0].item() == pytest.approx(np.sum(Theta * wanted), abs=2e-4)
+        for h, Phi in (line.accept(torch.tensor([lam]), trial), line.accept(torch.tensor([lam]), None)):
+            assert h.item() == pytest.approx(np.sum(Theta * wanted), abs=2e-4)
+            error = np.linalg.norm(Phi[0].double().numpy() - wanted) / np.linalg.norm(wanted)
+            # Float32 of whole matrices; the cut form works in float64.
+            assert error < (2e-4 if total is None else 1e-5)
+
+
+def test_trials_of_some_members() -> None:
+    M = np.stack([with_spectrum(20, 12, np.geomspace(1, 0.1, 12), seed) for seed in range(3)])
+    X = torch.from_numpy(M / np.linalg.norm(M, axis=(1, 2), keepdims=True)).float()
+    W = torch.from_numpy(M[::-1].copy()).float()
+    top = power_iteration(W, start_basis(W, 12), degree=6)
+    rows, lam = torch.tensor([2, 0]), torch.tensor([0.1, 0.2])
+    for total in (None, lambda part: part):
+        line = polar_line(X, top, torch.ones(3, dtype=torch.bool), EIGHT, total)
+        everything = line.evaluate(torch.tensor([0.2, 0.0, 0.1]))
+        for found, wanted in zip(line.evaluate(lam, rows), everything, strict=True):
+            torch.testing.assert_close(found, wanted[rows])
+
+
+@pytest.mark.parametrize("total", [None, lambda part: part], ids=["whole", "cut"])
+def test_zero_momentum_takes_no_step(total) -> None:  # type: ignore[no-untyped-def]
+    W = torch.randn(2, 20, 12, generator=torch.Generator().manual_seed(0))
+    top = power_iteration(W, start_basis(W, 12, rows_are_cut=total is not None), degree=6, total=total)
+    M = torch.stack([torch.zeros(20, 12), W[1] / torch.linalg.norm(W[1])])
+    line = polar_line(M, top, torch.tensor([False, True]), EIGHT, total)
+    for lam in (0.0, 0.3):
+        h, Phi = line.accept(torch.full((2,), lam), None)
+        assert h[0] == 0 and torch.count_nonzero(Phi[0]) == 0
+        assert torch.count_nonzero(Phi[1]) > 0
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 8])
+def test_gram_polynomial_is_the_iteration(num_steps: int) -> None:
+    X = with_spectrum(40, 24, np.geomspace(1, 1e-4, 24))
+    X /= np.linalg.norm(X)
+    table = EIGHT[:num_steps]
+    Q = gram_polynomial(torch.from_numpy(X.T @ X)[None], table)[0].numpy()
+    np.testing.assert_allclose(Q, Q.T, atol=1e-9 * np.abs(Q).max())
+    wanted = oracle.newton_schulz_factor(X, table)
+    assert np.linalg.norm(X @ Q - wanted) < 1e-6 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_power_iteration_on_cut_rows(shape: tuple[int, int]) -> None:
+    """Rows of two ranks, summed by hand: the triplet of the whole matrix, u in two parts."""
+    W = torch.from_numpy(with_spectrum(*shape, 0.9 ** np.arange(min(shape)))).float()[None]
+    whole = power_iteration(W, start_basis(W, 16), degree=6, num_passes=8)
+    top_rows, below = W[:, :10], W[:, 10:]
+    basis = start_basis(W, 16, rows_are_cut=True)
+    found = [
+        power_iteration(part, basis, degree=6, num_passes=8, total=lambda _: W.mT @ W)
+        for part in (top_rows, below)
+    ]
+    for part in found:
+        torch.testing.assert_close(part.sigma, whole.sigma, rtol=1e-6, atol=0)
+        torch.testing.assert_close(part.v.abs(), whole.v.abs(), rtol=1e-4, atol=1e-5)
+    u = torch.cat([part.u for part in found], dim=-1)
+    torch.testing.assert_close(u.abs(), whole.u.abs(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.linalg.vector_norm(u, dim=-1), torch.ones(1))
