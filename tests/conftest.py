@@ -1,7 +1,10 @@
 """Real Megatron runs for the tests: ``megatron.run(...)`` trains a tiny GPT over real process groups."""
 
+import contextlib
 import json
 import os
+import random
+import re
 import shlex
 import socket
 import subprocess
@@ -78,6 +81,39 @@ class Run:
         return union
 
 
+def expert_by_itself(name: str) -> str:
+    """The name that an expert of a grouped product has where experts are modules of their own."""
+    pattern = r"experts\.linear_fc([12])\.weight(\d+)"
+    return re.sub(pattern, r"experts.local_experts.\2.linear_fc\1.weight", name)
+
+
+def assert_same_run(run: Run, reference: Run, losses: float = 1e-4, weights: float = 1e-3) -> None:
+    """Losses at every iteration and final weights agree, relative; prints how well."""
+    assert len(run.losses) == len(reference.losses)
+    pairs = zip(run.losses, reference.losses, strict=True)
+    worst_loss = max(abs(got - expected) / abs(expected) for got, expected in pairs)
+    found = {expert_by_itself(name): weight for name, weight in run.merged("final").items()}
+    wanted = {expert_by_itself(name): weight for name, weight in reference.merged("final").items()}
+    assert found.keys() == wanted.keys()
+    errors = {
+        name: (torch.linalg.norm(found[name] - weight) / torch.linalg.norm(weight)).item()
+        for name, weight in wanted.items()
+    }
+    worst = max(errors, key=errors.__getitem__)
+    print(f"losses within {worst_loss:.1e}, weights within {errors[worst]:.1e} ({worst})")
+    assert worst_loss <= losses
+    assert errors[worst] <= weights, worst
+
+
+def free_port() -> int:
+    """A port below those that the system hands out by itself, which would be stolen now and then."""
+    for port in random.sample(range(12000, 32000), 100):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port between 12000 and 32000")
+
+
 class Megatron:
     """Starts runs through the zygote."""
 
@@ -99,9 +135,7 @@ class Megatron:
         self.count += 1
         folder = self.base / f"run{self.count}"
         folder.mkdir()
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         request = {
             "argv": argv,
             "ranks": ranks,

@@ -5,6 +5,7 @@ standard input, each answer one on standard output. Ranks are processes of their
 rendezvous over Gloo, exactly as torchrun would start them.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -54,6 +55,7 @@ def serve(request: dict[str, Any]) -> list[int | None]:
     for rank in range(request["ranks"]):
         pid = os.fork()
         if pid == 0:
+            os.setpgid(0, 0)
             os._exit(run_rank(rank, request))
         children[pid] = rank
     codes: list[int | None] = [None] * request["ranks"]
@@ -62,6 +64,8 @@ def serve(request: dict[str, Any]) -> list[int | None]:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             codes[children[pid]] = os.waitstatus_to_exitcode(status)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)  # workers that wrote its checkpoints
             if codes[children[pid]]:
                 deadline = min(deadline, time.monotonic() + 20)
         elif time.monotonic() > deadline:
@@ -81,6 +85,7 @@ def main() -> None:
     enter()
     for name in ("training", "training.models", "training.argument_utils", "core.datasets.gpt_dataset"):
         importlib.import_module(f"megatron.{name}")
+    importlib.import_module("megatron.core.tokenizers.text")  # else every rank imports transformers
     for name in ("sso_megatron.mcore.recorder", "sso_megatron.cli.pretrain_gpt", "probes"):
         importlib.import_module(name)
     print("ready", file=answers, flush=True)

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sso_megatron.mcore import cpu_attention, cpu_experts, cpu_hybrid
+
 _rehearsing = False
 
 
@@ -113,14 +115,7 @@ _REFUSALS = (
         "--transformer-impl",
         "is for inference on a GPU",
     ),
-    _Refusal("context_parallel_size", (1,), "--context-parallel-size", _NEEDS_TE, "use 1"),
-    _Refusal(
-        "moe_grouped_gemm",
-        (False,),
-        "--moe-grouped-gemm",
-        "needs kernels for GPUs",
-        "leave it out: the experts then run one after the other, with the same result",
-    ),
+    _Refusal("hybrid_context_parallel", (False,), "--hybrid-context-parallel", _NEEDS_TE),
     _Refusal(
         "moe_token_dispatcher_type",
         ("allgather", "alltoall"),
@@ -192,7 +187,8 @@ def adapt_arguments(args: Namespace) -> None:
 
     ``transformer_impl`` is switched without a word: its default, ``transformer_engine``, cannot
     be told from a request. Because of that, the local implementation is also taught what only
-    TransformerEngine's knew: sequence parallelism and multi-latent attention.
+    TransformerEngine's knew: sequence and context parallelism, multi-latent attention and grouped
+    experts.
 
     Args:
         args: Megatron's parsed arguments; changed in place.
@@ -209,6 +205,12 @@ def adapt_arguments(args: Namespace) -> None:
                 f"{given} cannot be rehearsed on the CPU: it {rule}. Either {way_out}, or run on "
                 "a machine with a CUDA device."
             )
+    if args.multi_latent_attention and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        raise ValueError(
+            f"--multi-latent-attention with --tensor-model-parallel-size {args.tensor_model_parallel_size} "
+            "needs --sequence-parallel: without it, Megatron does not sum the gradient of the part of "
+            "the key that all heads share over the ranks that have the heads"
+        )
     for name, value in _SETTINGS.items():
         if hasattr(args, name):  # the set of fusions differs between Megatron's versions
             setattr(args, name, value)
@@ -218,7 +220,12 @@ def adapt_arguments(args: Namespace) -> None:
     args.attention_backend = AttnBackend.unfused
     _skip_warmup()
     _accept_sequence_parallel()
-    _accept_latent_attention()
+    cpu_attention.accept_latent_attention()
+    cpu_attention.accept_context_parallelism()
+    cpu_experts.accept_grouped_experts()
+    pattern = args.hybrid_layer_pattern or args.hybrid_override_pattern  # the latter is its old name
+    if pattern is not None:
+        cpu_hybrid.accept_hybrid_model(pattern, args.qk_layernorm)
 
 
 def _skip_warmup() -> None:
@@ -255,31 +262,6 @@ def _accept_sequence_parallel() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = build_marked
-
-
-@functools.cache
-def _accept_latent_attention() -> None:
-    """Lets the local attention have values of another width than its queries, as MLA has.
-
-    Megatron passes it both widths, and its constructor takes neither. The query's only sets the
-    softmax scale, which MLA passes as well; the value's sets the width of the output.
-    """
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-    construct = DotProductAttention.__init__
-
-    def construct_with_widths(
-        self: Any,
-        *args: Any,
-        k_channels: int | None = None,
-        v_channels: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        construct(self, *args, **kwargs)
-        if v_channels is not None:
-            self.hidden_size_per_partition = self.num_attention_heads_per_partition * v_channels
-
-    DotProductAttention.__init__ = construct_with_widths
 
 
 def skip_helper_compilation() -> None:

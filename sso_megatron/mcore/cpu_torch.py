@@ -70,6 +70,8 @@ class _CudaMeansCpu(TorchFunctionMode):
         kwargs = dict(kwargs) if kwargs else {}
         if "device" in kwargs:
             kwargs["device"] = _device_on_cpu(kwargs["device"])
+        if "pin_memory" in kwargs:  # rope under context parallelism; only a GPU's driver can pin
+            kwargs["pin_memory"] = False
         return _TENSOR_METHODS.get(func, func)(*args, **kwargs)
 
 
