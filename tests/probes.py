@@ -74,6 +74,19 @@ def settings() -> None:
     around_train(look, None)
 
 
+def with_adapter() -> None:
+    """Give the model a matrix of a kind that nobody knows."""
+    from megatron.core.models.gpt import GPTModel
+
+    construct = GPTModel.__init__
+
+    def construct_with_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        construct(self, *args, **kwargs)
+        self.adapter = torch.nn.Linear(8, 8, bias=False)
+
+    GPTModel.__init__ = construct_with_adapter
+
+
 def _whole_weights(built: Any) -> dict[str, torch.Tensor]:
     """Every logical matrix of this rank, whole, by name."""
     return {

@@ -1,4 +1,4 @@
-"""Pretraining of dense and MoE GPT models with Megatron's own training loop.
+"""Pretraining of dense, MoE and hybrid GPT models with Megatron's own training loop.
 
 The megatron-core wheel has the loop but no script; this is one, for mock and indexed data, with
 evaluation and checkpoints as Megatron's flags ask for them.
@@ -24,6 +24,7 @@ def main() -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import (
         gpt_config_from_args,
+        hybrid_config_from_args,
         pretrain_cfg_container_from_args,
     )
     from megatron.training.arguments import parse_and_validate_args
@@ -32,8 +33,9 @@ def main() -> None:
     _refuse_packed_data(args)
     # Every rank builds the data that it reads; Megatron asks the provider whether that is so.
     build_datasets.is_distributed = True  # type: ignore[attr-defined]
+    model_config = hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
     pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        pretrain_cfg_container_from_args(args, model_config(args)),
         build_datasets,
         ModelType.encoder_or_decoder,
         forward_step,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sso_megatron.mcore import compat, cpu
+from sso_megatron.mcore import compat, cpu, model_building
 from sso_megatron.mcore.registration import OPTIMIZERS, register
 from sso_megatron.optimizers.config import SpectralConfig, SSOConfig, choices_of
 
@@ -83,16 +83,20 @@ def check_request(args: argparse.Namespace) -> None:
         "fp16": "float16 gradients overflow the spectral step; use --bf16",
         "use_torch_fsdp2": "FSDP cuts matrices where no spectral step can see them; leave it out",
         "use_megatron_fsdp": "FSDP cuts matrices where no spectral step can see them; leave it out",
-        "moe_grouped_gemm": "grouped experts are not supported yet; leave it out",
         "optimizer_cuda_graph": "the learning rate would stay what it was at capture; leave it out",
         "optimizer_cpu_offload": "the spectral step runs on the device; leave it out",
-        "use_mup": "the spectral radii already scale with the width; leave it out",
-        "use_distributed_optimizer": "not supported with spectral optimizers yet; leave it out",
+        "use_precision_aware_optimizer": "gradients would be clipped for AdamW alone; leave it out",
+        "fp8_param_gather": "matrices are gathered in the precision they are kept in; leave it out",
+        "fp4_param_gather": "matrices are gathered in the precision they are kept in; leave it out",
+        "overlap_param_gather_with_optimizer_step": "all parts of the optimizer step before parameters "
+        "are gathered; use --overlap-param-gather alone",
+        "loss_scale": "bf16 and fp32 need none, and the spectral step has none; leave it out",
     }
     for name, rule in refused.items():
         if getattr(args, name, False):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} with --optimizer {args.optimizer}: {rule}")
+    _check_sharding(args)
     changed = _changed(args, "sso", SSOConfig)
     if args.optimizer == "muon_sphere":
         idle = [n for n in changed if n == "tangent" or n.startswith("solver")]
@@ -108,6 +112,33 @@ def check_request(args: argparse.Namespace) -> None:
                 f"{_flags('sso', [name])} has an effect only with {_flags('sso', [other])} {needed}; "
                 "leave one out, or give the other"
             )
+
+
+def _check_sharding(args: argparse.Namespace) -> None:
+    """Refuse ways to shard that would cut matrices, lose state or stop half-way."""
+    using = f"with --optimizer {args.optimizer}"
+    if not args.use_layer_wise_param_layout:
+        raise ValueError(
+            f"--no-use-layer-wise-param-layout {using}: whole matrices need that layout; leave it out"
+        )
+    if args.num_distributed_optimizer_instances != 1:
+        raise ValueError(
+            f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} {using}: "
+            "matrices are sharded over all data-parallel ranks; use 1"
+        )
+    saves = args.save is not None and not args.no_save_optim
+    loads = args.load is not None and not (args.no_load_optim or args.finetune)
+    if args.use_distributed_optimizer and (saves or loads):
+        raise ValueError(
+            f"{'--save' if saves else '--load'} with --use-distributed-optimizer {using}: its state cannot "
+            "be kept yet; add --no-save-optim and --no-load-optim to keep the model alone, or leave out "
+            "--use-distributed-optimizer"
+        )
+    if args.use_distributed_optimizer and args.save is not None and args.ckpt_format == "torch":
+        raise ValueError(
+            f"--ckpt-format torch with --use-distributed-optimizer {using}: Megatron saves its optimizer "
+            "in that format in any case; use --ckpt-format torch_dist"
+        )
 
 
 # Settings that nothing looks at unless another one has this value.
@@ -158,6 +189,7 @@ def check_and_register(args: argparse.Namespace) -> None:
     sso, shared = configs_from(args)
     if is_spectral:
         register(sso, shared)
+        model_building.install()
     if cpu.cuda_is_missing():
         cpu.adapt_arguments(args)
     if args.spectral_run_dir is not None:  # on every rank: all of them stop before a process group exists

@@ -15,6 +15,9 @@ SUPPORTED_MEGATRON = ((0, 19), (0, 20))
 
 SUPPORTED_EMERGING = ((0, 3), (0, 4))
 
+SHARDED_WHOLE = "is_managed_by_layer_wise_optimizer"
+"""Megatron's tag of parameters that DDP keeps in buffers of their own, one shard for each of them."""
+
 
 class UnsupportedError(ValueError):
     """Something that is installed or asked for cannot work; the message says the way out."""
@@ -82,19 +85,53 @@ def registry_entry(
     )
 
 
-def wrap(module: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace ``module.name`` by ``wrapper(original)``, once.
+def wrap(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace ``owner.name`` by ``wrapper(original)``, once.
 
-    Megatron looks these functions up in their module when it calls them, so that replacing the
-    module's attribute reaches every caller.
+    Megatron looks these functions up in their module or class when it calls them, so that replacing
+    the attribute reaches every caller.
+
+    Args:
+        owner: module, or class for a static method.
+        name: of the function.
+        wrapper: gets the original and returns what takes its place.
 
     Raises:
         UnsupportedError: the function is not there.
     """
-    original = getattr(module, name, None)
-    if original is None:
-        raise UnsupportedError(f"{module.__name__} has no {name}; this Megatron-Core is not supported")
+    original = existing(owner, name)
     if not hasattr(original, "_sso_megatron_original"):
         replacement = wrapper(original)
         replacement._sso_megatron_original = original  # type: ignore[attr-defined]
-        setattr(module, name, replacement)
+        setattr(owner, name, staticmethod(replacement) if isinstance(owner, type) else replacement)
+
+
+def existing(owner: Any, name: str) -> Any:
+    """``owner.name``, for a private name of Megatron's.
+
+    Raises:
+        UnsupportedError: it is not there.
+    """
+    if not hasattr(owner, name):
+        raise UnsupportedError(f"{owner.__name__} has no {name}; this Megatron-Core is not supported")
+    return getattr(owner, name)
+
+
+def parameter_groups(
+    config: Any, model_chunks: list[Any], overrides: dict[Any, Any]
+) -> list[dict[str, Any]]:
+    """Megatron's parameter groups of a model, the same number and order of settings on every rank.
+
+    Collectives: one gather of objects over the world.
+    """
+    import megatron.core.optimizer as factory
+
+    groups: list[dict[str, Any]] = existing(factory, "_get_param_groups")(model_chunks, config, overrides)
+    return groups
+
+
+def standard_optimizer(**kwargs: Any) -> Any:
+    """What Megatron builds for AdamW's groups; arguments as its factory's."""
+    import megatron.core.optimizer as factory
+
+    return existing(factory, "_get_megatron_optimizer_based_on_param_groups")(**kwargs)

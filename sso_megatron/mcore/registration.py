@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from sso_megatron.matrices.layout import ParameterLayout
 from sso_megatron.mcore import compat
 from sso_megatron.mcore.initialization import initialize_by_name
 from sso_megatron.mcore.layouts import LayoutTable, ModelParameter, layout_of, model_parameters
+from sso_megatron.mcore.shard_layout import ShardLayout, step_costs
 from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
 from sso_megatron.optimizers.sso import SSO, MuonSphere
 
@@ -23,7 +26,9 @@ _SPECTRAL = "_is_spectral"
 def register(sso: SSOConfig | None = None, shared: SpectralConfig | None = None) -> None:
     """Enter ``sso`` and ``muon_sphere`` into Megatron's optimizer factory.
 
-    Call it once before the optimizer is built; a later call replaces the settings.
+    Call it once before the optimizer is built; a later call replaces the settings. The sharded optimizer
+    also needs ``prepare_for_shards`` before DDP wraps the model; Megatron's training loop calls it by
+    ``model_building.install``.
 
     Args:
         sso: settings of both.
@@ -44,32 +49,38 @@ def register(sso: SSOConfig | None = None, shared: SpectralConfig | None = None)
             overrides=_overrides(),
         )
     _current.sso, _current.shared = sso, shared
-    compat.wrap(factory, "_get_megatron_emerging_optimizer", _prepare_first)
+    compat.wrap(factory, "_get_megatron_emerging_optimizer", _by_our_factory)
+    # Megatron's loop has the first compute layouts, its model builders and DDP itself the second.
+    for optimizer_cls in (
+        factory.layer_wise_optimizer.LayerWiseDistributedOptimizer,
+        factory.distrib_optimizer.DistributedOptimizer,
+    ):
+        compat.wrap(optimizer_cls, "_compute_per_buffer_param_layout", _in_shards)
 
 
 @dataclass
 class _Current:
-    """The settings of the last ``register``, and what ``prepare_model`` leaves for the factory."""
+    """The settings of the last ``register``, and what ``prepare_model`` found for the factory."""
 
     sso: SSOConfig | None = None
     shared: SpectralConfig | None = None
     find_layout: LayoutTable | None = None
+    shard_layout: ShardLayout | None = None
 
 
 _current = _Current()
 
 
+def is_spectral(param: Tensor) -> bool:
+    """Whether ``prepare_model`` gave the parameter to the spectral optimizer."""
+    return getattr(param, _SPECTRAL, False)
+
+
 def _overrides() -> dict[Any, dict[str, Any]]:
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
-    def is_spectral(param: torch.nn.Parameter) -> bool:
-        return getattr(param, _SPECTRAL, False)
-
-    def is_not_spectral(param: torch.nn.Parameter) -> bool:
-        return not is_spectral(param)
-
     spectral = ParamKey(predicate=ParamPredicate(name="spectral", fn=is_spectral))
-    other = ParamKey(predicate=ParamPredicate(name="not_spectral", fn=is_not_spectral))
+    other = ParamKey(predicate=ParamPredicate(name="not_spectral", fn=lambda p: not is_spectral(p)))
     # The matrices' own weight decay is a setting of SSO; Megatron's would only show in its logs.
     return {spectral: {"wd_mult": 0.0}, other: {"optimizer": "adam"}}
 
@@ -86,7 +97,7 @@ def _config_to_kwargs(sso: SSOConfig, shared: SpectralConfig) -> Callable[..., d
     return build
 
 
-def _prepare_first(original: Callable[..., Any]) -> Callable[..., Any]:
+def _by_our_factory(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_megatron_emerging_optimizer(
         config: Any,
         model_chunks: list[Any],
@@ -94,26 +105,67 @@ def _prepare_first(original: Callable[..., Any]) -> Callable[..., Any]:
         pg_collection: Any = None,
     ) -> Any:
         sso, shared = _current.sso, _current.shared
-        if config.optimizer in OPTIMIZERS and sso is not None and shared is not None:
-            from megatron.core.process_groups_config import ProcessGroupCollection
+        if config.optimizer not in OPTIMIZERS or sso is None or shared is None:
+            return original(config, model_chunks, config_overrides, pg_collection)
+        from megatron.core.process_groups_config import ProcessGroupCollection
 
-            groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-            _current.find_layout = prepare_model(model_chunks, sso, shared, groups)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        if config.use_layer_wise_distributed_optimizer:
+            from sso_megatron.mcore import layer_wise
+
+            return layer_wise.build(config, model_chunks, config_overrides, groups)
+        _current.find_layout = LayoutTable(prepare_model(model_chunks, sso, shared, groups))
         return original(config, model_chunks, config_overrides, pg_collection)
 
     return get_megatron_emerging_optimizer
 
 
+def _in_shards(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_per_buffer_param_layout(params: list[Any], *args: Any, **kwargs: Any) -> Any:
+        is_ours = params and is_spectral(params[0]) and getattr(params[0], compat.SHARDED_WHOLE, False)
+        if not is_ours or _current.shard_layout is None:
+            return original(params, *args, **kwargs)
+        return _current.shard_layout.per_buffer(params, *args, **kwargs)
+
+    return compute_per_buffer_param_layout
+
+
+def prepare_for_shards(model_chunks: Sequence[Any], pg_collection: Any) -> None:
+    """``prepare_model`` for the sharded optimizer, before DDP makes the buffers that it shards.
+
+    Megatron routes parameters to buffers by a rule of its own (2-D and no embedding or output layer),
+    without names and exclusions, which the sharded optimizer would then not find in its shards.
+
+    Collectives: those of ``prepare_model`` and ``step_costs``.
+
+    Args:
+        model_chunks: this rank's part of the model, not wrapped in DDP yet.
+        pg_collection: Megatron's process groups.
+
+    Raises:
+        ValueError: see ``prepare_model``.
+    """
+    if _current.sso is None or _current.shared is None:
+        raise compat.UnsupportedError("no spectral optimizer is registered; call register() first")
+    layouts = prepare_model(model_chunks, _current.sso, _current.shared, pg_collection)
+    for chunk in model_chunks:
+        for param in chunk.parameters():
+            setattr(param, compat.SHARDED_WHOLE, is_spectral(param))
+    _current.find_layout = LayoutTable(layouts)
+    _current.shard_layout = ShardLayout(step_costs(layouts))
+
+
 def spectral_parts(optimizer: Any) -> list[SSO]:
     """The spectral optimizers inside what Megatron built, in the same order on every rank."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner = (getattr(part, "optimizer", None) for part in parts)
-    return [part for part in inner if isinstance(part, SSO)]
+    if hasattr(optimizer, "chained_optimizers"):
+        return [found for part in optimizer.chained_optimizers for found in spectral_parts(part)]
+    inner = getattr(optimizer, "optimizer", None)
+    return [inner] if isinstance(inner, SSO) else []
 
 
 def prepare_model(
     model_chunks: Sequence[Any], sso: SSOConfig, shared: SpectralConfig, pg_collection: Any
-) -> LayoutTable:
+) -> list[tuple[Tensor, ParameterLayout]]:
     """Route every parameter, find the logical matrices, and draw the weights if asked to.
 
     Collectives: one gather of objects over the world, for the exclusion patterns.
@@ -124,24 +176,24 @@ def prepare_model(
         shared: granularity, exclusions and initialisation.
         pg_collection: Megatron's process groups.
 
+    Returns:
+        The spectral parameters with their layouts.
+
     Raises:
         ValueError: a pattern that matches nothing, or a matrix that no rule covers.
     """
     parameters = list(model_parameters(model_chunks, pg_collection))
-    packed = [p.name for p in parameters if p.param.ndim > 2 and "experts" in p.name]
-    if packed:
-        raise ValueError(f"{packed[0]}: experts packed into one tensor are not supported yet")
     matrices = [p for p in parameters if p.is_matrix]
     excluded = _excluded_names(matrices, shared.exclude)
     spectral = [p for p in matrices if p.name not in excluded]
-    table = [(p.param, layout_of(p, shared)) for p in spectral]
+    layouts = [(p.param, layout_of(p, shared)) for p in spectral]
     for p in parameters:
         setattr(p.param, _SPECTRAL, False)
     for p in spectral:
         setattr(p.param, _SPECTRAL, True)
     if shared.mup_init:
         initialize_by_name(parameters, spectral, sso, shared)
-    return LayoutTable(table)
+    return layouts
 
 
 def _excluded_names(matrices: list[ModelParameter], patterns: tuple[str, ...]) -> set[str]:
