@@ -6,19 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MOE, Megatron, Run, tiny
-
-
-def assert_same_run(run: Run, reference: Run, losses: float = 1e-4, weights: float = 1e-3) -> None:
-    """Losses at every iteration and final weights agree, relative."""
-    assert len(run.losses) == len(reference.losses)
-    for got, expected in zip(run.losses, reference.losses, strict=True):
-        assert abs(got - expected) <= losses * abs(expected)
-    found, wanted = run.merged("final"), reference.merged("final")
-    assert found.keys() == wanted.keys()
-    for name, weight in wanted.items():
-        error = torch.linalg.norm(found[name] - weight) / torch.linalg.norm(weight)
-        assert error <= weights, name
+from conftest import MOE, Megatron, Run, assert_same_run, tiny
 
 
 @pytest.fixture(scope="module")
@@ -194,13 +182,25 @@ def test_bf16_splits_and_retracts_on_two_ranks(megatron) -> None:  # type: ignor
         assert len(run.merged("final")) == len(EXPECTED_MATRICES)
 
 
-def test_collectives_do_not_grow_with_layers(megatron) -> None:  # type: ignore[no-untyped-def]
-    counts = []
-    for layers in (2, 6):
-        argv = tiny("--num-layers", layers, tp=2)
+@pytest.mark.parametrize(
+    ("mode", "kinds"),
+    [
+        ("duplicated", ["all_gather_into_tensor"]),
+        ("owner", ["all_to_all_single"] * 2),
+        ("distributed", ["all_reduce"] * 3),
+        ("auto", ["all_to_all_single"] * 2),
+    ],
+)
+def test_collectives_do_not_grow_with_layers(megatron, mode, kinds) -> None:  # type: ignore[no-untyped-def]
+    """Three batches: gate and up, down, output projection. Bytes grow with the layers, calls do not."""
+    num_bytes = []
+    for layers in (2, 8):
+        argv = tiny("--num-layers", layers, "--train-iters", 3, "--spectral-tp-mode", mode, tp=2)
         run = megatron.run(argv, 2, calls=("probes:count_collectives",))
-        counts.append([len(step) for step in run.saved("collectives")[0]])
-    assert counts[0] == counts[1] == [3] * 4, "gate and up, down, output projection"
+        for steps in run.saved("collectives"):
+            assert [[kind for kind, _ in step] for step in steps[1:]] == [kinds * 3] * 2
+        num_bytes.append(sum(size for _, size in run.saved("collectives")[0][1]))
+    assert num_bytes[1] == 4 * num_bytes[0]
 
 
 def test_checkpoint_restores_momentum_and_training_goes_on(megatron) -> None:  # type: ignore[no-untyped-def]
