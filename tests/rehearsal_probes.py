@@ -1,34 +1,8 @@
-"""What ranks run in ``test_rehearsal.py``: a HybridModel script, and a look at parameters."""
+"""What ranks run to begin alike, and to look at parameters."""
 
-from functools import partial
 from typing import Any
 
 import probes
-import torch
-
-
-def train_hybrid() -> None:
-    """Our training script with Megatron's HybridModel and the specification that Megatron ships."""
-    from sso_megatron.mcore import entry
-
-    entry.enter()
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import hybrid_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
-
-    from sso_megatron.cli import pretrain_gpt
-
-    args = parse_and_validate_args()
-    pretrain_gpt.build_datasets.is_distributed = True  # type: ignore[attr-defined]
-    pretrain(
-        pretrain_cfg_container_from_args(args, hybrid_config_from_args(args)),
-        pretrain_gpt.build_datasets,
-        ModelType.encoder_or_decoder,
-        pretrain_gpt.forward_step,
-        get_embedding_ranks=partial(pretrain_gpt._embedding_ranks, args),
-    )
-    torch.distributed.destroy_process_group()
 
 
 def save_initial_checkpoint() -> None:

@@ -5,7 +5,8 @@ Losses of every iteration agree with the one-rank run to 1e-4, final weights of 
 1e-3, relative.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ MOE_LAYOUTS: dict[str, tuple[int, int, list[object]]] = {
     "tp2-ep2-etp1": (2, 2, [SP, *EP2, *ETP1]),
     "tp2-etp2": (2, 2, [SP, *ETP2]),
     "tp2-ep2-etp2": (4, 2, [SP, *EP2, *ETP2]),
-    "dp2-dist": (2, 1, [DIST]),
+    "moe-dp2-dist": (2, 1, [DIST]),
     "ep2-dist": (2, 1, [*EP2, DIST]),
     "ep2-dp2-dist": (4, 1, ["--micro-batch-size", 1, *EP2, DIST]),
     "tp2-etp1-dist": (2, 2, [SP, *ETP1, DIST]),
@@ -60,41 +61,50 @@ MOE_LAYOUTS: dict[str, tuple[int, int, list[object]]] = {
 }
 TP_MODES = ["duplicated", "owner", "distributed"]
 
-Start = Callable[..., Run]
 
+class Model:
+    """A model that one rank has trained, and that others train from where that one began."""
 
-def starter(megatron: Megatron, model: list[object]) -> Start:
-    """A function that trains ``model`` from one and the same checkpoint of one rank."""
-    save = ["--save", "ckpt", "--save-interval", 1, "--ckpt-format", "torch_dist"]
-    still = ["--train-iters", 1, "--lr", 0, "--lr-warmup-iters", 0]
-    checkpoint: Path = megatron.run(tiny(*model, *still, *save, optimizer="adam")).folder / "ckpt"
+    def __init__(self, megatron: Megatron, flags: list[object]) -> None:
+        self.megatron, self.flags = megatron, flags
+        self.reference = self._train([], 1, 1, "sso", ("rehearsal_probes:save_initial_checkpoint",))
 
-    def start(ranks: int = 1, tp: int = 1, flags: list[object] = [], optimizer: str = "sso") -> Run:  # noqa: B006
-        load = ["--load", checkpoint, "--finetune", "--no-load-optim", "--no-load-rng"]
-        argv = tiny(*model, *load, "--train-iters", ITERATIONS, *flags, tp=tp, optimizer=optimizer)
-        return megatron.train(argv, ranks, calls=("probes:weights",))
+    def train(
+        self,
+        ranks: int = 1,
+        tp: int = 1,
+        flags: Sequence[object] = (),
+        optimizer: str = "sso",
+    ) -> Run:
+        load = [
+            "--load",
+            self.reference.folder / "initial",
+            "--finetune",
+            "--no-load-optim",
+            "--no-load-rng",
+        ]
+        return self._train([*load, *flags], ranks, tp, optimizer)
 
-    return start
+    def _train(
+        self, flags: list[object], ranks: int, tp: int, optimizer: str, calls: tuple[str, ...] = ()
+    ) -> Run:
+        argv = tiny(*self.flags, "--train-iters", ITERATIONS, *flags, tp=tp, optimizer=optimizer)
+        if "--multi-latent-attention" in argv:
+            argv.remove("--group-query-attention")
+        if "--hybrid-layer-pattern" in argv:  # it says where the experts are
+            where = argv.index("--moe-layer-freq")
+            del argv[where : where + 2]
+        return self.megatron.train(argv, ranks, calls=(*calls, "probes:weights"))
 
 
 @pytest.fixture(scope="module")
-def dense(megatron: Megatron) -> Start:
-    return starter(megatron, DENSE)
+def dense(megatron: Megatron) -> Model:
+    return Model(megatron, DENSE)
 
 
 @pytest.fixture(scope="module")
-def moe(megatron: Megatron) -> Start:
-    return starter(megatron, list(MOE))
-
-
-@pytest.fixture(scope="module")
-def dense_reference(dense: Start) -> Run:
-    return dense()
-
-
-@pytest.fixture(scope="module")
-def moe_reference(moe: Start) -> Run:
-    return moe()
+def moe(megatron: Megatron) -> Model:
+    return Model(megatron, list(MOE))
 
 
 def assert_stored_on_the_sphere(run: Run) -> None:
@@ -110,51 +120,91 @@ def assert_stored_on_the_sphere(run: Run) -> None:
 
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
-def test_dense(dense: Start, dense_reference: Run, layout: str) -> None:
-    run = dense(*DENSE_LAYOUTS[layout])
-    assert_same_run(run, dense_reference)
+def test_dense(dense: Model, layout: str) -> None:
+    run = dense.train(*DENSE_LAYOUTS[layout])
+    assert_same_run(run, dense.reference)
     assert_stored_on_the_sphere(run)
     assert run.losses[-1] < 0.99 * run.losses[0], "it trains"
 
 
 @pytest.mark.parametrize("layout", MOE_LAYOUTS)
-def test_moe(moe: Start, moe_reference: Run, layout: str) -> None:
-    run = moe(*MOE_LAYOUTS[layout])
-    assert_same_run(run, moe_reference)
+def test_moe(moe: Model, layout: str) -> None:
+    run = moe.train(*MOE_LAYOUTS[layout])
+    assert_same_run(run, moe.reference)
     assert_stored_on_the_sphere(run)
+
+
+# Other fused weights: model, then a layout that cuts them.
+LATENT = "--multi-latent-attention --q-lora-rank 24 --kv-lora-rank 32 --qk-head-dim 16 --v-head-dim 24"
+VARIANTS: dict[str, tuple[list[object], tuple[int, int, list[object]]]] = {
+    "latent attention": ([*LATENT.split(), "--qk-pos-emb-head-dim", 8], (2, 2, [SP])),
+    "gated attention, more tokens": (["--attention-output-gate", "--mtp-num-layers", 1], (4, 4, [])),
+    "hybrid": ([*MOE, "--hybrid-layer-pattern", "*-*E"], (4, 2, [SP, *PP2, *EP2, *ETP1])),
+    "query groups": ([*DENSE, "--spectral-qkv-split", "group"], (4, 4, [])),
+    "fused attention": ([*DENSE, "--spectral-qkv-split", "whole"], (2, 2, [])),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_fused_weights(megatron: Megatron, variant: str) -> None:
+    flags, layout = VARIANTS[variant]
+    model = Model(megatron, flags)
+    assert_stored_on_the_sphere(model.reference)
+    run = model.train(*layout)
+    assert_same_run(run, model.reference)
+    assert_stored_on_the_sphere(run)
+
+
+def test_gate_and_up_as_one_matrix(dense: Model) -> None:
+    """Each rank stores its slice of both, so that rows come in another order; nothing else differs."""
+    runs = [dense.train(tp, tp, ["--spectral-mlp-split", "whole"]) for tp in (1, 2)]
+    found, wanted = (
+        {name: weight.mT @ weight for name, weight in run.merged("final").items()} for run in reversed(runs)
+    )
+    for name, gram in wanted.items():
+        assert torch.linalg.norm(found[name] - gram) <= 1e-3 * torch.linalg.norm(gram), name
+    for got, expected in zip(runs[1].losses, runs[0].losses, strict=True):
+        assert abs(got - expected) <= 1e-4 * expected
 
 
 @pytest.mark.parametrize("mode", TP_MODES)
 @pytest.mark.parametrize("layout", ["tp2", "tp4"])
-def test_every_tp_mode_dense(dense: Start, dense_reference: Run, mode: str, layout: str) -> None:
+def test_every_tp_mode_dense(dense: Model, mode: str, layout: str) -> None:
     ranks, tp, flags = DENSE_LAYOUTS[layout]
-    assert_same_run(dense(ranks, tp, [*flags, "--spectral-tp-mode", mode]), dense_reference)
+    assert_same_run(dense.train(ranks, tp, [*flags, "--spectral-tp-mode", mode]), dense.reference)
 
 
 @pytest.mark.parametrize("mode", TP_MODES)
-def test_every_tp_mode_moe(moe: Start, moe_reference: Run, mode: str) -> None:
+def test_every_tp_mode_moe(moe: Model, mode: str) -> None:
     ranks, tp, flags = MOE_LAYOUTS["tp2-ep2-etp2"]
-    assert_same_run(moe(ranks, tp, [*flags, "--spectral-tp-mode", mode]), moe_reference)
+    assert_same_run(moe.train(ranks, tp, [*flags, "--spectral-tp-mode", mode]), moe.reference)
 
 
-def test_muon_sphere(dense: Start) -> None:
-    reference = dense(optimizer="muon_sphere")
+def test_the_support_matrix_is_what_is_tested() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "parallelism.md").read_text()
+    table = page[page.index("<!-- matrix -->") : page.index("<!-- /matrix -->")]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`([^`]+)`", " ".join(first_cells))) == {*DENSE_LAYOUTS, *MOE_LAYOUTS}
+
+
+def test_muon_sphere(dense: Model) -> None:
+    reference = dense.train(optimizer="muon_sphere")
     for layout in ("tp2", "dp2-dist", "tp2-pp2-dp2-dist"):
-        assert_same_run(dense(*DENSE_LAYOUTS[layout], optimizer="muon_sphere"), reference)
+        assert_same_run(dense.train(*DENSE_LAYOUTS[layout], optimizer="muon_sphere"), reference)
 
 
 @pytest.mark.parametrize("mode", TP_MODES)
-def test_component_qkv_is_cut_by_tp(dense: Start, mode: str) -> None:
+def test_component_qkv_is_cut_by_tp(dense: Model, mode: str) -> None:
     """Q, K and V as one matrix each: what heads spare, tensor parallelism cuts."""
     split = ["--spectral-qkv-split", "component"]
-    reference = dense(flags=split)
-    assert_same_run(dense(2, 2, [*split, "--spectral-tp-mode", mode]), reference)
+    reference = dense.train(flags=split)
+    assert_same_run(dense.train(2, 2, [*split, "--spectral-tp-mode", mode]), reference)
 
 
-def test_blockwise_is_another_result(dense: Start, dense_reference: Run) -> None:
-    run = dense(2, 2, ["--spectral-tp-mode", "blockwise"])
+def test_blockwise_is_another_result(dense: Model) -> None:
+    run = dense.train(2, 2, ["--spectral-tp-mode", "blockwise"])
     apart = max(
-        abs(got - wanted) / wanted for got, wanted in zip(run.losses, dense_reference.losses, strict=True)
+        abs(got - wanted) / wanted for got, wanted in zip(run.losses, dense.reference.losses, strict=True)
     )
     assert apart > 1e-3, "if this were equal, the documentation's warning would be wrong"
     assert run.losses[-1] < 0.99 * run.losses[0]
@@ -177,17 +227,17 @@ def assert_same_bf16_run(run: Run, reference: Run) -> None:
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp4", "cp2", "dp2-dist", "tp2-pp2-dp2-dist"])
-def test_dense_bf16(dense: Start, bf16_references: dict[str, Run], layout: str) -> None:
+def test_dense_bf16(dense: Model, bf16_references: dict[str, Run], layout: str) -> None:
     ranks, tp, flags = DENSE_LAYOUTS[layout]
-    assert_same_bf16_run(dense(ranks, tp, ["--bf16", *flags]), bf16_references["dense"])
+    assert_same_bf16_run(dense.train(ranks, tp, ["--bf16", *flags]), bf16_references["dense"])
 
 
 @pytest.mark.parametrize("layout", ["tp2-ep2-etp2", "ep2-dp2-dist", "grouped-ep2"])
-def test_moe_bf16(moe: Start, bf16_references: dict[str, Run], layout: str) -> None:
+def test_moe_bf16(moe: Model, bf16_references: dict[str, Run], layout: str) -> None:
     ranks, tp, flags = MOE_LAYOUTS[layout]
-    assert_same_bf16_run(moe(ranks, tp, ["--bf16", *flags]), bf16_references["moe"])
+    assert_same_bf16_run(moe.train(ranks, tp, ["--bf16", *flags]), bf16_references["moe"])
 
 
 @pytest.fixture(scope="module")
-def bf16_references(dense: Start, moe: Start) -> dict[str, Run]:
-    return {"dense": dense(flags=["--bf16"]), "moe": moe(flags=["--bf16"])}
+def bf16_references(dense: Model, moe: Model) -> dict[str, Run]:
+    return {"dense": dense.train(flags=["--bf16"]), "moe": moe.train(flags=["--bf16"])}

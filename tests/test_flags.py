@@ -171,6 +171,14 @@ ERRORS = [
     (["--use-precision-aware-optimizer"], "--use-precision-aware-optimizer with --optimizer sso"),
     (["--fp8-param-gather"], "--fp8-param-gather with --optimizer sso: matrices are gathered in the"),
     (["--loss-scale", "128"], "--loss-scale with --optimizer sso: bf16 and fp32 need none"),
+    (
+        ["--tensor-parallel-num-weight-shards", "2"],
+        "--tensor-parallel-num-weight-shards 2 with --optimizer sso: matrices must not be cut beyond",
+    ),
+    (
+        ["--spectral-flops-per-byte", "50", "--spectral-tp-mode", "owner"],
+        "--spectral-flops-per-byte has an effect only with --spectral-tp-mode auto",
+    ),
     (["--optimizer-cpu-offload"], "--optimizer-cpu-offload with --optimizer sso"),
     (["--use-torch-fsdp2"], "--use-torch-fsdp2 with --optimizer sso"),
     (

@@ -11,7 +11,6 @@ import pytest
 from conftest import MOE, Megatron, Run, tiny
 
 ITERATIONS = 6
-SCRIPT = "sso_megatron.cli.pretrain_gpt:main"
 
 # What the tiny GPT becomes, several things at once where they do not meet.
 MODELS: dict[str, list[str]] = {
@@ -81,19 +80,18 @@ class Runs:
     def on_one_rank(self, model: str) -> Run:
         """It leaves what it started from in the folder ``initial``."""
         calls = ("rehearsal_probes:save_initial_checkpoint", "rehearsal_probes:parameters")
-        return self._make(model, command(model), 1, calls, model)
+        return self._make(model, command(model), 1, calls)
 
     def in_layout(self, name: str) -> Run:
         """It starts from what one rank started from."""
         model, ranks, tp, flags = LAYOUTS[name]
         start = loading(self.on_one_rank(model).folder / "initial")
         argv = command(model, *start, *shlex.split(flags), tp=tp)
-        return self._make(name, argv, ranks, ("rehearsal_probes:parameters",), model)
+        return self._make(name, argv, ranks, ("rehearsal_probes:parameters",))
 
-    def _make(self, key: str, argv: list[str], ranks: int, calls: tuple[str, ...], model: str) -> Run:
-        main = "rehearsal_probes:train_hybrid" if model == "hybrid" else SCRIPT
+    def _make(self, key: str, argv: list[str], ranks: int, calls: tuple[str, ...]) -> Run:
         if key not in self.made:
-            self.made[key] = self.megatron.run(argv, ranks, calls, main=main)
+            self.made[key] = self.megatron.run(argv, ranks, calls)
         return self.made[key]
 
 

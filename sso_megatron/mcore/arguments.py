@@ -105,13 +105,14 @@ def check_request(args: argparse.Namespace) -> None:
                 f"{_flags('sso', idle)} with --optimizer muon_sphere: MuonSphere does not look at "
                 "the tangent space; leave it out, or use --optimizer sso"
             )
-    for name in changed:
-        other, needed = _READ_ONLY_WITH.get(name, (name, getattr(args, f"sso_{name}")))
-        if getattr(args, f"sso_{other}") != needed:
-            raise ValueError(
-                f"{_flags('sso', [name])} has an effect only with {_flags('sso', [other])} {needed}; "
-                "leave one out, or give the other"
-            )
+    for prefix, config_type in CONFIGS.items():
+        for name in _changed(args, prefix, config_type):
+            other, needed = _READ_ONLY_WITH[prefix].get(name, (name, getattr(args, f"{prefix}_{name}")))
+            if getattr(args, f"{prefix}_{other}") != needed:
+                raise ValueError(
+                    f"{_flags(prefix, [name])} has an effect only with {_flags(prefix, [other])} {needed}; "
+                    "leave one out, or give the other"
+                )
 
 
 def _check_sharding(args: argparse.Namespace) -> None:
@@ -121,6 +122,15 @@ def _check_sharding(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--no-use-layer-wise-param-layout {using}: whole matrices need that layout; leave it out"
         )
+    for kind in ("tensor", "expert_tensor"):
+        name = f"{kind}_parallel_num_weight_shards"
+        ranks = args.expert_tensor_parallel_size if kind == "expert_tensor" else None
+        shards = getattr(args, name, None)
+        if shards is not None and shards > (ranks or args.tensor_model_parallel_size):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {shards} {using}: matrices must not be cut beyond tensor "
+                "parallelism; leave it out"
+            )
     if args.num_distributed_optimizer_instances != 1:
         raise ValueError(
             f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} {using}: "
@@ -143,11 +153,14 @@ def _check_sharding(args: argparse.Namespace) -> None:
 
 # Settings that nothing looks at unless another one has this value.
 _READ_ONLY_WITH = {
-    "solver": ("tangent", "solve"),
-    "solver_trials": ("solver", "tracking"),
-    "solver_tolerance": ("solver", "bisection"),
-    "solver_max_iterations": ("solver", "bisection"),
-    "retract_alpha": ("retract_mode", "dynamic"),
+    "spectral": {"flops_per_byte": ("tp_mode", "auto")},
+    "sso": {
+        "solver": ("tangent", "solve"),
+        "solver_trials": ("solver", "tracking"),
+        "solver_tolerance": ("solver", "bisection"),
+        "solver_max_iterations": ("solver", "bisection"),
+        "retract_alpha": ("retract_mode", "dynamic"),
+    },
 }
 
 

@@ -63,8 +63,8 @@ class SpectralConfig:
     )
     qkv_split: Literal["head", "group", "component", "whole"] = setting(
         "head",
-        "logical matrices of linear_qkv: one per head, per query group, one each for Q, K and V, "
-        "or the fused matrix",
+        "logical matrices of linear_qkv and of latent attention's up projections: one per head, per "
+        "query group, one each for Q, K and V, or the fused matrix",
         "SSO paper: per head",
     )
     mlp_split: Literal["gate_up", "whole"] = setting(
