@@ -98,3 +98,64 @@ def train() -> None:
         finals[name] = value if dim is None or size == 1 else torch.cat(whole_of(value), dim)
     save("final", finals)
     dist.destroy_process_group()
+
+
+def two_groups() -> None:
+    """Matrices of one shape over two groups of the same ranks, in opposite orders on the two ranks."""
+    dist.init_process_group("gloo")
+    rank, groups = dist.get_rank(), [dist.new_group([0, 1]), dist.new_group([0, 1])]
+    values = torch.randn(2, 24, 36, generator=torch.Generator().manual_seed(0))
+    params, layouts = [], {}
+    for number, tp_group in enumerate(groups):
+        params.append(torch.nn.Parameter(values[number].chunk(2)[rank].clone()))
+        split = Split("", ((0, 12),), (24, 36), 0)
+        layouts[id(params[-1])] = ParameterLayout(f"matrix {number}", (split,), tp_group)
+    mode = SpectralConfig(tp_mode=json.loads(sys.argv[1])["mode"])
+    ordered = params[::-1] if rank else params
+    optimizer = SSO(ordered, lr=0.02, shared=mode, find_layout=lambda p: layouts[id(p)])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    save("retracted", {name: matrix for name, matrix, _ in optimizer.retracted()})
+    dist.destroy_process_group()
+
+
+def dead_weight() -> None:
+    """A matrix of zeros among three, which one rank alone would own; every rank tells what it saw."""
+    dist.init_process_group("gloo")
+    values = [torch.ones(8, 8), torch.ones(8, 8), torch.zeros(8, 8)]
+    params = [torch.nn.Parameter(value.chunk(2)[dist.get_rank()].clone()) for value in values]
+    layouts = {
+        id(p): ParameterLayout(f"matrix {i}", (Split("", ((0, 4),), (8, 8), 0),), dist.group.WORLD)
+        for i, p in enumerate(params)
+    }
+    for param in params:
+        param.grad = torch.ones_like(param)
+        param.requires_grad_(False)  # as Megatron's master copies are
+    mode = SpectralConfig(tp_mode=json.loads(sys.argv[1])["mode"])
+    try:
+        SSO(params, lr=0.02, shared=mode, find_layout=lambda p: layouts[id(p)]).step()
+    except ValueError as error:
+        save("error", str(error))
+    dist.destroy_process_group()
+
+
+def parts_of_a_large_model() -> None:
+    """How many matrices each rank works on, by batch, for shapes and layers of the argument."""
+    from sso_megatron.optimizers.batches import make_batches
+    from sso_megatron.parallel.cost import PolarWork
+
+    dist.init_process_group("gloo")
+    task, size = json.loads(sys.argv[1]), dist.get_world_size()
+    m, n, dim = task["shape"]
+    split = Split("", ((0, m if dim else m // size),), (m, n), dim)
+    params = [torch.empty(0, device="meta") for _ in range(task["layers"])]
+    names = {id(p): f"layer {i:02}" for i, p in enumerate(params)}
+    batches = make_batches(
+        [{"params": params}],
+        lambda group, i: ParameterLayout(names[id(group["params"][i])], (split,), dist.group.WORLD),
+        SpectralConfig(),
+        PolarWork(num_trials=2, num_steps=8),
+    )
+    save("parts", [(batch.mode, len(batch.members), len(batch.here)) for batch in batches])
+    dist.destroy_process_group()

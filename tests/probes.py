@@ -107,14 +107,15 @@ def _retracted(built: Any) -> dict[str, tuple[torch.Tensor, float]]:
 
 def weights() -> None:
     """Save whole logical matrices before and after training, and the retracted ones after it."""
-    around_train(
-        lambda model, optimizer: save("initial", _whole_weights(optimizer)),
-        lambda model, optimizer: (
-            save("final", _whole_weights(optimizer)),
-            save("retracted", _retracted(optimizer)),
-            save("momentum", momenta(optimizer)),
-        ),
-    )
+
+    def after(model: Any, optimizer: Any) -> None:
+        save("final", _whole_weights(optimizer))
+        save("retracted", _retracted(optimizer))
+        save("momentum", momenta(optimizer))
+        batches = [batch for found in spectral_optimizers(optimizer) for batch in found.batches]
+        save("modes", {batch.mode for batch in batches})
+
+    around_train(lambda model, optimizer: save("initial", _whole_weights(optimizer)), after)
 
 
 def momenta(built: Any) -> dict[str, torch.Tensor]:
@@ -150,7 +151,11 @@ def no_process_group() -> None:
 class Collectives:
     """Counts the collectives that this process issues, by kind, and the bytes of their results."""
 
-    KINDS = ("all_gather_into_tensor", "all_to_all_single", "all_reduce", "broadcast", "all_gather")
+    KINDS = (
+        *("all_gather_into_tensor", "all_to_all_single", "all_reduce", "broadcast", "all_gather"),
+        *("all_gather_object", "broadcast_object_list", "all_to_all", "reduce", "reduce_scatter"),
+        *("reduce_scatter_tensor", "gather", "scatter", "send", "recv", "isend", "irecv", "barrier"),
+    )
 
     def __init__(self) -> None:
         self.steps: list[list[tuple[str, int]]] = []
@@ -173,10 +178,11 @@ class Collectives:
             setattr(dist, kind, original)
 
     def _counted(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def collective(output: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.steps and isinstance(output, torch.Tensor):
-                self.steps[-1].append((kind, output.numel() * output.element_size()))
-            return original(output, *args, **kwargs)
+        def collective(*args: Any, **kwargs: Any) -> Any:
+            if self.steps:
+                result = args[0] if args and isinstance(args[0], torch.Tensor) else torch.empty(0)
+                self.steps[-1].append((kind, result.numel() * result.element_size()))
+            return original(*args, **kwargs)
 
         return collective
 

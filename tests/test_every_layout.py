@@ -6,7 +6,8 @@ Losses of every iteration agree with the one-rank run to 1e-4, final weights of 
 """
 
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,8 @@ class Model:
     def _train(
         self, flags: list[object], ranks: int, tp: int, optimizer: str, calls: tuple[str, ...] = ()
     ) -> Run:
-        argv = tiny(*self.flags, "--train-iters", ITERATIONS, *flags, tp=tp, optimizer=optimizer)
+        length = ["--train-iters", ITERATIONS, "--lr-decay-iters", ITERATIONS - 1]
+        argv = tiny(*self.flags, *length, *flags, tp=tp, optimizer=optimizer)
         if "--multi-latent-attention" in argv:
             argv.remove("--group-query-attention")
         if "--hybrid-layer-pattern" in argv:  # it says where the experts are
@@ -171,13 +173,17 @@ def test_gate_and_up_as_one_matrix(dense: Model) -> None:
 @pytest.mark.parametrize("layout", ["tp2", "tp4"])
 def test_every_tp_mode_dense(dense: Model, mode: str, layout: str) -> None:
     ranks, tp, flags = DENSE_LAYOUTS[layout]
-    assert_same_run(dense.train(ranks, tp, [*flags, "--spectral-tp-mode", mode]), dense.reference)
+    run = dense.train(ranks, tp, [*flags, "--spectral-tp-mode", mode])
+    assert_same_run(run, dense.reference)
+    assert set().union(*run.saved("modes")) == {"local", mode}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", TP_MODES)
 def test_every_tp_mode_moe(moe: Model, mode: str) -> None:
     ranks, tp, flags = MOE_LAYOUTS["tp2-ep2-etp2"]
-    assert_same_run(moe.train(ranks, tp, [*flags, "--spectral-tp-mode", mode]), moe.reference)
+    run = moe.train(ranks, tp, [*flags, "--spectral-tp-mode", mode])
+    assert_same_run(run, moe.reference)
+    assert set().union(*run.saved("modes")) == {"local", mode}  # type: ignore[arg-type]
 
 
 def test_the_support_matrix_is_what_is_tested() -> None:
@@ -210,34 +216,57 @@ def test_blockwise_is_another_result(dense: Model) -> None:
     assert run.losses[-1] < 0.99 * run.losses[0]
 
 
-# bf16 activations carry 8 bits, so losses differ by about 2^-9 of themselves, and gradients by as much
-# in every product: a layout changes the order of sums. Weights are compared by how far they moved.
-BF16_LOSSES, BF16_MOVES = 4e-3, 0.3
+# In bf16 a product carries 8 bits: losses differ by about 2^-9 of themselves, and gradients by some per
+# cent, since another layout sums in another order. The step magnifies what is small in them (msign makes
+# all singular values alike), so that steps of two layouts have little to say about each other; momenta,
+# which are linear in the gradients, have. Measured after ten steps: up to 0.13 in the median between
+# layouts, 0.36 for a momentum coefficient of 0.85 instead of 0.9. The bound lies between.
+BF16_LOSSES, BF16_MOMENTA = 4e-3, 0.2
+
+
+@pytest.fixture(scope="module")
+def bf16(megatron: Megatron) -> Callable[..., Run]:
+    def train(model: str, ranks: int = 1, tp: int = 1, flags: Sequence[object] = ()) -> Run:
+        start = [*{"dense": DENSE, "moe": MOE}[model], "--bf16", "--spectral-mup-init"]
+        argv = tiny(*start, "--train-iters", ITERATIONS, *flags, tp=tp)
+        return megatron.train(argv, ranks, calls=("probes:weights",))
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def bf16_references(bf16: Callable[..., Run]) -> dict[str, Run]:
+    return {"dense": bf16("dense"), "moe": bf16("moe")}
 
 
 def assert_same_bf16_run(run: Run, reference: Run) -> None:
     assert_same_run(run, reference, losses=BF16_LOSSES, weights=1.0)
-    start, wanted = reference.merged("initial"), reference.merged("final")
-    initial, final = run.merged("initial"), run.merged("final")
-    for grouped in initial:
-        name = grouped if grouped in start else expert_by_itself(grouped)
-        assert torch.equal(initial[grouped], start[name]), "the same initial weights"
-        move = torch.linalg.norm(wanted[name] - start[name])
-        assert torch.linalg.norm(final[grouped] - wanted[name]) <= BF16_MOVES * move, name
+    assert difference_of_momenta(run, reference) <= BF16_MOMENTA
+    for name, (weight, radius) in run.merged("retracted").items():
+        assert abs(torch.linalg.svdvals(weight.double())[0].item() - radius) <= 1e-3 * radius, name
+
+
+def difference_of_momenta(run: Run, reference: Run) -> float:
+    """Median over the matrices, relative: a router or a matrix with hardly any gradient may be far off."""
+    found = {expert_by_itself(name): value for name, value in run.merged("momentum").items()}
+    errors = [
+        (torch.linalg.norm(found[name] - value) / torch.linalg.norm(value)).item()
+        for name, value in reference.merged("momentum").items()
+    ]
+    print(f"momenta within {statistics.median(errors):.1e} in the median, {max(errors):.1e} all")
+    return statistics.median(errors)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp4", "cp2", "dp2-dist", "tp2-pp2-dp2-dist"])
-def test_dense_bf16(dense: Model, bf16_references: dict[str, Run], layout: str) -> None:
-    ranks, tp, flags = DENSE_LAYOUTS[layout]
-    assert_same_bf16_run(dense.train(ranks, tp, ["--bf16", *flags]), bf16_references["dense"])
+def test_dense_bf16(bf16: Callable[..., Run], bf16_references: dict[str, Run], layout: str) -> None:
+    assert_same_bf16_run(bf16("dense", *DENSE_LAYOUTS[layout]), bf16_references["dense"])
 
 
 @pytest.mark.parametrize("layout", ["tp2-ep2-etp2", "ep2-dp2-dist", "grouped-ep2"])
-def test_moe_bf16(moe: Model, bf16_references: dict[str, Run], layout: str) -> None:
-    ranks, tp, flags = MOE_LAYOUTS[layout]
-    assert_same_bf16_run(moe.train(ranks, tp, ["--bf16", *flags]), bf16_references["moe"])
+def test_moe_bf16(bf16: Callable[..., Run], bf16_references: dict[str, Run], layout: str) -> None:
+    assert_same_bf16_run(bf16("moe", *MOE_LAYOUTS[layout]), bf16_references["moe"])
 
 
-@pytest.fixture(scope="module")
-def bf16_references(dense: Model, moe: Model) -> dict[str, Run]:
-    return {"dense": dense.train(flags=["--bf16"]), "moe": moe.train(flags=["--bf16"])}
+def test_bf16_tells_another_momentum(bf16: Callable[..., Run], bf16_references: dict[str, Run]) -> None:
+    run = bf16("dense", flags=["--sso-momentum", 0.85])
+    assert difference_of_momenta(run, bf16_references["dense"]) > 1.5 * BF16_MOMENTA

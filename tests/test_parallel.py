@@ -96,6 +96,34 @@ def test_missing_gradients_and_another_order_hang_nobody(megatron, one_rank, mod
             torch.testing.assert_close(final[name], wanted[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["duplicated", "owner", "distributed"])
+def test_groups_of_the_same_ranks_meet(megatron, mode) -> None:  # type: ignore[no-untyped-def]
+    run = megatron.run([json.dumps({"mode": mode})], 2, main="parallel_probes:two_groups")
+    assert run.merged("retracted").keys() == {"matrix 0", "matrix 1"}
+
+
+@pytest.mark.parametrize("mode", ["duplicated", "owner", "distributed"])
+def test_a_dead_weight_stops_every_rank(megatron, mode) -> None:  # type: ignore[no-untyped-def]
+    run = megatron.run([json.dumps({"mode": mode})], 2, main="parallel_probes:dead_weight")
+    for error in run.saved("error"):
+        assert error.startswith("matrix 2: a weight of spectral norm 0")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shape", "layers"),
+    [(2, [6144, 2048, 0], 56), (3, [2048, 6144, 1], 28), (4, [14336, 4096, 0], 30)],
+)
+def test_owners_share_large_matrices_equally(megatron, ranks, shape, layers) -> None:  # type: ignore[no-untyped-def]
+    """Shapes of 1.7B and 8B models, parted to the default workspace."""
+    task = json.dumps({"shape": shape, "layers": layers})
+    parts = megatron.run([task], ranks, main="parallel_probes:parts_of_a_large_model").saved("parts")
+    owned = [sum(here for _, _, here in batches) for batches in parts]  # type: ignore[attr-defined]
+    assert sum(owned) == layers and max(owned) - min(owned) <= 1
+    for batches in parts:
+        assert {mode for mode, _, _ in batches} == {"owner"}  # type: ignore[attr-defined]
+        assert all(size % ranks == 0 for _, size, _ in batches[:-1])  # type: ignore[index]
+
+
 def test_blockwise_takes_shards_for_matrices(megatron) -> None:  # type: ignore[no-untyped-def]
     """The documented other result: what one rank makes of the two halves as matrices of their own."""
     whole = {"columns": [36, 24, 1, None]}
@@ -108,22 +136,26 @@ def test_blockwise_takes_shards_for_matrices(megatron) -> None:  # type: ignore[
         assert norm == pytest.approx(math.sqrt(36 / 12), rel=1e-3)
 
 
+GATHER, EXCHANGE, SUM = "all_gather_into_tensor", "all_to_all_single", "all_reduce"
+
+
 @pytest.mark.parametrize(
-    ("mode", "kinds"),
+    ("mode", "first", "later"),
     [
-        ("duplicated", ["all_gather_into_tensor"]),
-        ("owner", ["all_to_all_single"] * 2),
-        ("distributed", ["all_reduce"] * 3),
+        ("duplicated", [GATHER], [GATHER]),
+        ("owner", [EXCHANGE, SUM, EXCHANGE], [EXCHANGE] * 2),
+        ("distributed", [SUM] * 4, [SUM] * 3),
     ],
 )
-def test_collectives_are_as_many_for_two_layers_as_for_eight(megatron, mode, kinds) -> None:  # type: ignore[no-untyped-def]
+def test_collectives_are_as_many_for_two_layers_as_for_eight(megatron, mode, first, later) -> None:  # type: ignore[no-untyped-def]
+    """The first step also looks at the weights for its caches."""
     bytes_by_layers = []
     for layers in (2, 8):
         matrices = {f"layer {i}": [24, 36, 0, None] for i in range(layers)}
         run = train(megatron, 2, matrices, mode, steps=3)
         for steps in run.saved("collectives"):
-            # The first step also looks at the weights for its caches.
-            assert [kind for kind, _ in steps[0]] == kinds[: len(kinds) // 3] + kinds
-            assert [[kind for kind, _ in step] for step in steps[1:]] == [kinds] * 2
+            assert [[kind for kind, _ in step] for step in steps] == [first, later, later]
         bytes_by_layers.append(sum(size for _, size in run.saved("collectives")[0][1]))
+    if mode == "distributed":  # one more row and column of the momentum's Gram matrix
+        assert bytes_by_layers == [layers * (36 * 36 * 4 + 8 + 37 * 37 * 8) for layers in (2, 8)]
     assert bytes_by_layers[1] == 4 * bytes_by_layers[0]

@@ -41,6 +41,22 @@ def test_line_follows_the_oracle(shape, condition, total) -> None:  # type: igno
             assert error < (2e-4 if total is None else 1e-5)
 
 
+@pytest.mark.parametrize("distance", [1e-3, 1e-2, 1e-1])
+@pytest.mark.parametrize("total", [None, lambda part: part], ids=["whole", "cut"])
+def test_a_momentum_that_the_line_cancels(distance, total) -> None:  # type: ignore[no-untyped-def]
+    """M is almost -Theta, and lam takes it away: what is left is all there is."""
+    W, noise = with_spectrum(48, 24, np.geomspace(1, 0.1, 24)), with_spectrum(48, 24, np.ones(24), seed=1)
+    _, u, v = oracle.top_triplet(W)
+    M = -np.outer(u, v) + distance * noise / np.linalg.norm(noise)
+    line, M, Theta = line_of(M, W, total)
+    lam = torch.tensor([-np.sum(Theta * M) / np.sum(Theta**2)]).float()
+    wanted = oracle.newton_schulz_factor(M + lam.double().item() * Theta, EIGHT)
+    _, Phi = line.accept(lam, None)
+    error = np.linalg.norm(Phi[0].double().numpy() - wanted) / np.linalg.norm(wanted)
+    # Rounding of M to float32, 6e-8 of it, is so much of what is left.
+    assert error < 1e-6 / distance
+
+
 def test_trials_of_some_members() -> None:
     M = np.stack([with_spectrum(20, 12, np.geomspace(1, 0.1, 12), seed) for seed in range(3)])
     X = torch.from_numpy(M / np.linalg.norm(M, axis=(1, 2), keepdims=True)).float()
@@ -82,11 +98,13 @@ def test_power_iteration_on_cut_rows(shape: tuple[int, int]) -> None:
     """Rows of two ranks, summed by hand: the triplet of the whole matrix, u in two parts."""
     W = torch.from_numpy(with_spectrum(*shape, 0.9 ** np.arange(min(shape)))).float()[None]
     whole = power_iteration(W, start_basis(W, 16), degree=6, num_passes=8)
-    top_rows, below = W[:, :10], W[:, 10:]
+    parts = (W[:, :10], W[:, 10:])
     basis = start_basis(W, 16, rows_are_cut=True)
     found = [
-        power_iteration(part, basis, degree=6, num_passes=8, total=lambda _: W.mT @ W)
-        for part in (top_rows, below)
+        power_iteration(
+            part, basis, degree=6, num_passes=8, total=lambda here, other=other: here + other.mT @ other
+        )
+        for part, other in (parts, parts[::-1])
     ]
     for part in found:
         torch.testing.assert_close(part.sigma, whole.sigma, rtol=1e-6, atol=0)

@@ -2,8 +2,8 @@
 
 What SSO's search for lambda evaluates: ``h(lam) = <u v^T, msign(M + lam u v^T)>``. Whole matrices
 run the Newton-Schulz iteration anew for each trial. Matrices whose rows are cut over ranks use that
-the Gram matrix changes along the line by rank two, so that all trials together need one sum over the
-ranks and the accepted one a second.
+the Gram matrix changes along the line by rank two, so that all trials and the accepted one together
+need one sum over the ranks.
 """
 
 import torch
@@ -40,12 +40,14 @@ class WholeLine:
 class CutLine:
     """The line for matrices whose rows are cut; ``extra`` of a trial is the polynomial ``Q``.
 
-    With ``a = M^T u`` the Gram matrix at ``lam`` is ``M^T M + lam (a v^T + v a^T) + lam^2 v v^T``, and
-    ``h(lam) = (a + lam v)^T Q v`` for ``msign(Z) = Z Q``: no trial touches the long side. All of it in
-    float64, since a Gram matrix squares the condition: in float32, ``msign`` from one Gram matrix errs
-    by 1e-2 on ill-conditioned momenta and ``h`` by 1e-3; in float64 neither is told from whole matrices.
+    With ``a = M^T u`` and ``c = u^T u`` the Gram matrix at ``lam`` is
+    ``M^T M + lam (a v^T + v a^T) + lam^2 c v v^T``, and ``h(lam) = (a + lam c v)^T Q v`` for
+    ``msign(Z) = Z Q``: no trial touches the long side. All of it in float64, since a Gram matrix squares
+    the condition: in float32, ``msign`` from one Gram matrix errs by 1e-2 on ill-conditioned momenta and
+    ``h`` by 1e-3; in float64 both are as exact as float32 on whole matrices. ``c`` is 1 to rounding, and
+    counts where ``lam u v^T`` cancels nearly all of ``M``.
 
-    Collectives: one sum of ``(b, n, n + 1)`` float64 numbers at construction.
+    Collectives: one sum of ``(b, n + 1, n + 1)`` float64 numbers at construction.
     """
 
     def __init__(
@@ -54,21 +56,22 @@ class CutLine:
         """See ``polar_line``."""
         self._M, self._u, self._v = M.double(), top.u.double(), top.v.double()
         self._moves, self._coefficients = moves, coefficients
-        sums = total(self._M.mT @ torch.cat([self._M, self._u.unsqueeze(-1)], dim=-1))
-        self._gram, self._a = sums[..., :-1], sums[..., -1]
+        both = torch.cat([self._M, self._u.unsqueeze(-1)], dim=-1)
+        sums = total(both.mT @ both)
+        self._gram, self._a, self._c = sums[..., :-1, :-1], sums[..., :-1, -1], sums[..., -1, -1:]
 
     def evaluate(self, lam: Tensor, rows: Tensor | None = None) -> Trial:
         """``h(lam)`` ``(k,)`` of the batch's members ``rows`` (all), and ``Q`` ``(k, n, n)`` float64."""
         members = slice(None) if rows is None else rows
         gram, a, v, moves = self._gram[members], self._a[members], self._v[members], self._moves[members]
         shift = lam.double()[:, None]
-        # ||M||_F is 1, or 0 for a zero momentum.
-        square = moves[:, None] + shift * (2 * (a * v).sum(dim=-1, keepdim=True) + shift)
-        norm = square.clamp_min(torch.finfo(lam.dtype).tiny).sqrt()
-        cross = (shift * (a + shift / 2 * v)).unsqueeze(-1) * v.unsqueeze(-2)
-        Q = gram_polynomial((gram + cross + cross.mT) / norm.square().unsqueeze(-1), self._coefficients)
-        Q = Q * (moves[:, None] / norm).unsqueeze(-1)
-        h = ((a + shift * v) * (Q @ v.unsqueeze(-1)).squeeze(-1)).sum(dim=-1)
+        shifted = shift * self._c[members]
+        cross = (shift * (a + shifted / 2 * v)).unsqueeze(-1) * v.unsqueeze(-2)
+        R = gram + cross + cross.mT
+        square = R.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        square = square.clamp_min(torch.finfo(lam.dtype).tiny)[:, None, None]
+        Q = gram_polynomial(R / square, self._coefficients) * (moves[:, None, None] / square.sqrt())
+        h = ((a + shifted * v) * (Q @ v.unsqueeze(-1)).squeeze(-1)).sum(dim=-1)
         return h.to(lam.dtype), Q
 
     def accept(self, lam: Tensor, trial: Trial | None) -> Trial:

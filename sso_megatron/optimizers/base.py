@@ -142,8 +142,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         W, N = batch.placement.spread(shards)
         if self._weight_decay:
             W.mul_(1 - batch.group["lr"] * self._weight_decay)
-        if batch.placement.members:
-            self.update_batch_(batch, W, N)
+        self.update_batch_(batch, W, N)
         batch.write_(batch.placement.collect(W))
 
     def _directions(self, batch: MatrixBatch) -> Tensor:
@@ -157,8 +156,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
         Args:
             batch: gives the group's settings and holds the algorithm's cache and statistics.
-            W: ``(b, p, q)`` weights of ``batch.here``, float32 or float64; whole matrices, or rows of
-                them where ``batch.placement.total`` sums over the others.
+            W: ``(b, p, q)`` weights of ``batch.here``, of which there may be none, float32 or float64;
+                whole matrices, or rows of them where ``batch.placement.total`` sums over the others.
             N: ``(b, p, q)`` momentum direction, same dtype.
         """
         raise NotImplementedError

@@ -10,14 +10,16 @@ from torch import Tensor
 from sso_megatron.matrices.layout import ParameterLayout, Split
 from sso_megatron.optimizers.config import SpectralConfig
 from sso_megatron.parallel.cost import PolarWork, cheapest_mode
-from sso_megatron.parallel.placement import PLACEMENTS, Local, Placement
-from sso_megatron.parallel.shards import Shards, group_rank, group_size
+from sso_megatron.parallel.placement import Local, Placement, place
+from sso_megatron.parallel.shards import Shards, group_rank, group_ranks, group_size
 
 # Tensors of a matrix's size that a step holds at once: weight, momentum direction, its normalised
 # form, the shifted matrix, two iterates, the accepted update, and the products' temporaries.
 _WORKSPACE_COPIES = 12
-# And of its Gram matrix's size, where shards stay in place.
-_GRAM_COPIES = 8
+# What an owner holds beside its whole matrix: shards to send and receive.
+_EXCHANGE_COPIES = 4
+# Where shards stay: the momentum and its products in float64, and Gram matrices in float64.
+_CUT_COPIES, _GRAM_COPIES = 20, 16
 
 
 @dataclass(frozen=True)
@@ -125,14 +127,21 @@ def make_batches(
                     continue
                 dim = -1 if split.partition_dim is None else split.partition_dim
                 uneven = split.shard_rows is not None
-                order = (index, split.shape, dim, uneven, str(param.dtype), str(param.device))
+                ranks = group_ranks(layout.tp_group) if dim >= 0 else ()
+                order = (index, split.shape, dim, uneven, str(param.dtype), str(param.device), ranks)
                 key = (order, id(layout.tp_group) if dim >= 0 else None)
                 by_key.setdefault(key, []).append(Member(param, layout, split))
-    return [
-        batch
-        for key, members in sorted(by_key.items(), key=lambda item: item[0][0])
-        for batch in _place(sorted(members, key=lambda m: m.name), groups[key[0][0]], shared, work)
-    ]
+    for members in by_key.values():
+        members.sort(key=lambda member: member.name)
+    # Not by id: it is this process's own. Groups of the same ranks are told apart by a name.
+    ordered = sorted(by_key.items(), key=lambda item: (item[0][0], item[1][0].name))
+    batches: list[MatrixBatch] = []
+    num_owned = 0  # what does not divide over the owners goes to another one each time
+    for (order, _), members in ordered:
+        for batch in _place(members, groups[order[0]], shared, work, num_owned):
+            num_owned += len(batch.members) if batch.mode == "owner" else 0
+            batches.append(batch)
+    return batches
 
 
 def _block(split: Split, tp_group: Any) -> Split:
@@ -144,36 +153,37 @@ def _block(split: Split, tp_group: Any) -> Split:
 
 
 def _place(
-    members: list[Member], group: dict[str, Any], shared: SpectralConfig, work: PolarWork
+    members: list[Member], group: dict[str, Any], shared: SpectralConfig, work: PolarWork, num_owned: int
 ) -> Iterator[MatrixBatch]:
     """Batches within the workspace, each with its placement."""
-    first = members[0]
-    d_out, d_in = first.split.shape
-    itemsize = torch.promote_types(first.param.dtype, torch.float32).itemsize
-    dim, tp_group = first.split.partition_dim, first.layout.tp_group
-    mode, num_bytes = "local", _WORKSPACE_COPIES * d_out * d_in * itemsize
-    if dim is not None:
-        tp_size = group_size(tp_group)
-        mode = shared.tp_mode
-        if mode == "auto":
-            mode = cheapest_mode(
-                len(members),
-                first.split.shape,
-                dim,
-                tp_size,
-                work=work,
-                flops_per_byte=shared.flops_per_byte,
-            )
-        if mode != "duplicated":
-            num_bytes //= tp_size
-        if mode == "distributed":
-            num_bytes += _GRAM_COPIES * first.split.shape[1 - dim] ** 2 * itemsize
-    size = max(1, (shared.workspace_mib << 20) // num_bytes)
-    for start in range(0, len(members), size):
-        part = members[start : start + size]
-        if dim is None:
-            yield MatrixBatch(part, group, Local(len(part)), None, mode)
-            continue
+    split, device = members[0].split, members[0].param.device
+    dim, tp_group = split.partition_dim, members[0].layout.tp_group
+    workspace = shared.workspace_mib << 20
+    num_bytes = split.shape[0] * split.shape[1]
+    num_bytes *= torch.promote_types(members[0].param.dtype, torch.float32).itemsize
+    if dim is None:
+        for part in _parts(members, workspace // (_WORKSPACE_COPIES * num_bytes)):
+            yield MatrixBatch(part, group, Local(len(part)), None, "local")
+        return
+    tp_size = group_size(tp_group)
+    mode: str = shared.tp_mode
+    if mode == "auto":
+        batch = (len(members), split.shape, dim, tp_size)
+        mode = cheapest_mode(*batch, work=work, flops_per_byte=shared.flops_per_byte)
+    if mode == "owner":  # in parts of which every rank owns as many matrices
+        size = tp_size * max(1, workspace // ((_WORKSPACE_COPIES + _EXCHANGE_COPIES) * num_bytes))
+    elif mode == "distributed":
+        gram_bytes = num_bytes * split.shape[1 - dim] // split.shape[dim]
+        size = workspace // (_CUT_COPIES * num_bytes // tp_size + _GRAM_COPIES * gram_bytes)
+    else:
+        size = workspace // (_WORKSPACE_COPIES * num_bytes)
+    for part in _parts(members, size):
         uneven = [m.split.shard_rows for m in part if m.split.shard_rows is not None]
-        shards = Shards(first.split.shape, dim, tp_group, uneven or None, first.param.device)
-        yield MatrixBatch(part, group, PLACEMENTS[mode](len(part), shards), shards, mode)
+        shards = Shards(split.shape, dim, tp_group, uneven or None, device)
+        yield MatrixBatch(part, group, place(mode, len(part), shards, num_owned % tp_size), shards, mode)
+        num_owned += len(part)
+
+
+def _parts(members: list[Member], size: int) -> Iterator[list[Member]]:
+    for start in range(0, len(members), max(1, size)):
+        yield members[start : start + max(1, size)]

@@ -46,7 +46,7 @@ def _check_choices(config: Any) -> None:
 
 @dataclass(frozen=True)
 class SpectralConfig:
-    """What every spectral optimizer shares: how matrices are found, cut, gathered and spared."""
+    """What every spectral optimizer shares: how matrices are found, spared and worked on."""
 
     tp_mode: Literal["auto", "duplicated", "distributed", "owner", "blockwise"] = setting(
         "auto",
@@ -77,7 +77,9 @@ class SpectralConfig:
         "regular expressions: matrices whose global name one of them is found in go to AdamW; one "
         "that matches nothing is an error",
     )
-    workspace_mib: int = setting(512, "temporary memory, in MiB, that one batch of equal matrices may take")
+    workspace_mib: int = setting(
+        2048, "temporary memory, in MiB, that one batch of equal matrices may take; a larger one is parted"
+    )
     mup_init: bool = setting(
         False,
         "draw the initial weights by global name, the same for every parallel layout, and put every "

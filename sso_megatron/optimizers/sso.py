@@ -21,7 +21,7 @@ from sso_megatron.updates.sso import (
     start_cache,
 )
 
-# Mean of the published search at its tolerance of 2e-4.
+# Published means of the search are 5.1 trials at a tolerance of 1e-3 and 8.9 at 1e-4; ours is 2e-4.
 _BISECTION_TRIALS = 7
 
 
@@ -125,11 +125,13 @@ class SSO(SpectralOptimizer):
         if batch.cache is not None:
             return
         cache, sigma = start_cache(W, self._rule, batch.placement.total)
-        # The one look at values on the host, before the first step.
+        # The one look at values on the host, before the first step; every rank sees all of them, so that
+        # none goes on alone. A master copy requires no gradient, yet has one.
+        norms = batch.placement.share(sigma).tolist()
         dead = [
             member.name
-            for member, norm in zip(batch.here, sigma.tolist(), strict=True)
-            if member.param.requires_grad and not norm > 0
+            for member, norm in zip(batch.members, norms, strict=True)
+            if (member.param.requires_grad or member.param.grad is not None) and not norm > 0
         ]
         if dead:
             raise ValueError(
@@ -150,16 +152,15 @@ class SSO(SpectralOptimizer):
         for batch in self.batches:
             (W,) = batch.placement.spread(batch.weights().unsqueeze(0))
             radius = self.radius(batch)
-            if batch.placement.members:
-                self._warm_up(batch, W)
-                retract_to_spectral_sphere_(
-                    W,
-                    dataclasses.replace(batch.cache),
-                    radius=radius,
-                    lr=batch.group["lr"],
-                    rule=self._rule,
-                    total=batch.placement.total,
-                )
+            self._warm_up(batch, W)
+            retract_to_spectral_sphere_(
+                W,
+                dataclasses.replace(batch.cache),
+                radius=radius,
+                lr=batch.group["lr"],
+                rule=self._rule,
+                total=batch.placement.total,
+            )
             matrices = batch.whole(batch.placement.collect(W))
             for member, matrix in zip(batch.members, matrices, strict=True):
                 yield member.name, matrix, radius

@@ -30,8 +30,8 @@ class PolarWork:
         """For one matrix in Gram form on shards: ``parallel.placement.Distributed``.
 
         Gram matrices of weight and momentum and one product of the momentum with the polynomial, and
-        four products of the uncut side's size in each step of a trial. Two thirds of it in float64,
-        which the tensor cores of A100 and H100 do as fast as float32.
+        four products of the uncut side's size in each step of a trial. Nearly all of it is in
+        float64, which the tensor cores of A100 and H100 do as fast as float32; other devices do not.
         """
         cut, side = shape[partition_dim] / tp_size, shape[1 - partition_dim]
         return 6.0 * cut * side**2 + self.num_trials * self.num_steps * 8.0 * side**3

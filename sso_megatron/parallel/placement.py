@@ -7,10 +7,8 @@ ranks that hold the other rows. Everything a placement does is the same sequence
 every rank of the group.
 """
 
-from itertools import pairwise
 from typing import Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -37,6 +35,9 @@ class Placement(Protocol):
     def collect(self, values: Tensor) -> Tensor:
         """This rank's shards ``(b, ...)`` of what was worked out, ``(b', p, q)``."""
 
+    def share(self, values: Tensor) -> Tensor:
+        """``(b,)`` numbers on every rank from one for each of ``members``, ``(b',)``."""
+
 
 class Local:
     """Matrices that lie whole on this rank. No collectives."""
@@ -53,6 +54,10 @@ class Local:
 
     def collect(self, values: Tensor) -> Tensor:
         """The matrices themselves."""
+        return values
+
+    def share(self, values: Tensor) -> Tensor:
+        """The numbers themselves."""
         return values
 
 
@@ -75,44 +80,51 @@ class Duplicated:
 
     def collect(self, values: Tensor) -> Tensor:
         """This rank's shards of them."""
-        return self._shards.cut(values)[self._shards.rank]
+        return self._shards.own(values)
+
+    def share(self, values: Tensor) -> Tensor:
+        """The numbers themselves: every rank has them."""
+        return values
 
 
 class Owner:
     """Each rank of the group works on its share of the batch's matrices, whole.
 
-    Collectives: one all-to-all in ``spread`` and one in ``collect``.
+    Collectives: one all-to-all in ``spread``, one in ``collect``, one all-reduce in ``share``.
     """
 
     total = None
 
-    def __init__(self, num_matrices: int, shards: Shards) -> None:
-        """Take the size of the batch and how its matrices are cut."""
-        bounds = [num_matrices * rank // shards.size for rank in range(shards.size + 1)]
-        self.members = range(bounds[shards.rank], bounds[shards.rank + 1])
-        self._counts = [stop - start for start, stop in pairwise(bounds)]
+    def __init__(self, num_matrices: int, shards: Shards, first_owner: int = 0) -> None:
+        """Take the size of the batch, how its matrices are cut, and who is first to own one more."""
+        share, rest = divmod(num_matrices, shards.size)
+        self._counts = [share + ((rank - first_owner) % shards.size < rest) for rank in range(shards.size)]
+        first = sum(self._counts[: shards.rank])
+        self.members = range(first, first + self._counts[shards.rank])
         self._shards = shards
 
     def spread(self, shards: Tensor) -> Tensor:
         """Whole matrices ``(k, b', m, n)`` of this rank's members, from ``(k, b, ...)``."""
         sent = shards.movedim(0, 1).contiguous()  # (b, k, ...): the members of one owner together
-        here = len(self.members)
-        received = sent.new_empty((self._shards.size * here, *sent.shape[1:]))
-        dist.all_to_all_single(
-            received, sent, [here] * self._shards.size, self._counts, group=self._shards.tp_group
-        )
-        parts = received.unflatten(0, (self._shards.size, here))
-        first = self.members.start
-        return torch.stack([self._shards.join(parts[:, :, i], first) for i in range(shards.size(0))])
+        received = self._exchange(sent, self._counts, [len(self.members)] * self._shards.size)
+        parts = received.unflatten(0, (self._shards.size, len(self.members)))
+        return self._shards.join(parts.movedim(2, 1), self.members.start)
 
     def collect(self, values: Tensor) -> Tensor:
         """This rank's shards ``(b, ...)`` from every owner's matrices ``(b', m, n)``."""
         sent = self._shards.cut(values, self.members.start).flatten(0, 1).contiguous()
-        received = sent.new_empty((sum(self._counts), *sent.shape[1:]))
-        here = len(self.members)
-        dist.all_to_all_single(
-            received, sent, self._counts, [here] * self._shards.size, group=self._shards.tp_group
-        )
+        return self._exchange(sent, [len(self.members)] * self._shards.size, self._counts)
+
+    def share(self, values: Tensor) -> Tensor:
+        """Every owner's numbers."""
+        shared = values.new_zeros(sum(self._counts))
+        shared[self.members.start : self.members.stop] = values
+        dist.all_reduce(shared, group=self._shards.tp_group)
+        return shared
+
+    def _exchange(self, sent: Tensor, to_each: list[int], from_each: list[int]) -> Tensor:
+        received = sent.new_empty((sum(from_each), *sent.shape[1:]))
+        dist.all_to_all_single(received, sent, from_each, to_each, group=self._shards.tp_group)
         return received
 
 
@@ -136,6 +148,10 @@ class Distributed:
         """The shards as they came."""
         return values.mT if self._shards.partition_dim == 1 else values
 
+    def share(self, values: Tensor) -> Tensor:
+        """The numbers themselves: every rank has them."""
+        return values
+
     def total(self, part: Tensor) -> Tensor:
         """The sum of ``part`` over the group; ``part`` may be overwritten."""
         part = part.contiguous()
@@ -143,9 +159,10 @@ class Distributed:
         return part
 
 
-PLACEMENTS: dict[str, type[Duplicated] | type[Owner] | type[Distributed]] = {
-    "duplicated": Duplicated,
-    "owner": Owner,
-    "distributed": Distributed,
-}
-"""By the name that ``--spectral-tp-mode`` takes."""
+def place(mode: str, num_matrices: int, shards: Shards, first_owner: int = 0) -> Placement:
+    """The placement that ``--spectral-tp-mode`` calls ``mode``."""
+    if mode == "owner":
+        return Owner(num_matrices, shards, first_owner)
+    if mode == "duplicated":
+        return Duplicated(num_matrices, shards)
+    return Distributed(num_matrices, shards)

@@ -18,6 +18,11 @@ def group_size(tp_group: dist.ProcessGroup) -> int:
     return dist.get_world_size(tp_group)
 
 
+def group_ranks(tp_group: dist.ProcessGroup) -> tuple[int, ...]:
+    """Its ranks in the world."""
+    return tuple(dist.get_process_group_ranks(tp_group))
+
+
 def group_rank(tp_group: dist.ProcessGroup) -> int:
     """This rank's place in a group."""
     return dist.get_rank(tp_group)
@@ -79,32 +84,39 @@ class Shards:
         """Whole matrices from every rank's shard.
 
         Args:
-            shards: ``(size, k, height, n)``, or ``(size, k, m, n / size)`` where columns are cut.
-            first: place in the batch of the first of the ``k`` matrices.
+            shards: ``(size, k, b, height, n)``, or ``(size, k, b, m, n / size)`` where columns are cut:
+                ``k`` tensors of each of ``b`` matrices.
+            first: place in the batch of the first of the ``b`` matrices.
 
         Returns:
-            ``(k, m, n)``.
+            ``(k, b, m, n)``.
         """
         if self._gather_index is None:
-            return torch.cat(shards.unbind(), dim=self.partition_dim + 1)
-        padded = shards.movedim(0, 1).flatten(1, 2)
-        return _take_rows(padded, self._gather_index[first : first + padded.size(0)])
+            return torch.cat(shards.unbind(), dim=self.partition_dim - 2)
+        padded = shards.movedim(0, 2).flatten(2, 3)
+        return _take_rows(padded, self._gather_index[first : first + padded.size(1)])
 
     def cut(self, whole: Tensor, first: int = 0) -> Tensor:
         """Every rank's shard of whole matrices; the inverse of ``join``.
 
         Args:
-            whole: ``(k, m, n)``.
-            first: place in the batch of the first of the ``k`` matrices.
+            whole: ``(b, m, n)``.
+            first: place in the batch of the first of the ``b`` matrices.
 
         Returns:
-            ``(size, k, height, n)``, or ``(size, k, m, n / size)`` where columns are cut.
+            ``(size, b, height, n)``, or ``(size, b, m, n / size)`` where columns are cut.
         """
         if self._gather_index is None:
             return torch.stack(whole.chunk(self.size, dim=self.partition_dim + 1))
         index = self._cut_index[first : first + whole.size(0)]
-        padded = _take_rows(F.pad(whole, (0, 0, 0, 1)), index)
-        return padded.unflatten(1, (self.size, self.height)).movedim(1, 0)
+        return _take_rows(_zero_below(whole), index).unflatten(1, (self.size, self.height)).movedim(1, 0)
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's shard of the batch's whole matrices ``(b, m, n)``."""
+        if self._gather_index is None:
+            return whole.chunk(self.size, dim=self.partition_dim + 1)[self.rank]
+        start = self.rank * self.height
+        return _take_rows(_zero_below(whole), self._cut_index[:, start : start + self.height])
 
     def gather(self, shards: Tensor) -> Tensor:
         """Whole matrices of the batch on every rank.
@@ -119,10 +131,15 @@ class Shards:
         """
         gathered = shards.new_empty((self.size * shards.size(0), *shards.shape[1:]))
         dist.all_gather_into_tensor(gathered, shards.contiguous(), group=self.tp_group)
-        parts = gathered.unflatten(0, (self.size, -1))
-        return torch.stack([self.join(parts[:, i]) for i in range(shards.size(0))])
+        return self.join(gathered.unflatten(0, (self.size, -1)))
+
+
+def _zero_below(whole: Tensor) -> Tensor:
+    """``(b, m, n)`` with one more row, of zeros."""
+    return F.pad(whole, (0, 0, 0, 1))
 
 
 def _take_rows(X: Tensor, index: Tensor) -> Tensor:
-    """``X[i, index[i, j]]`` for ``X`` ``(b, p, n)`` and ``index`` ``(b, m)``."""
-    return X.gather(1, index.unsqueeze(-1).expand(-1, -1, X.size(-1)))
+    """``X[..., i, index[i, j], :]`` for ``X`` ``(..., b, p, n)`` and ``index`` ``(b, m)``."""
+    shape = (*X.shape[:-2], index.size(-1), X.size(-1))
+    return X.gather(-2, index.unsqueeze(-1).expand(shape))

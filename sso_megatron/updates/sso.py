@@ -171,8 +171,8 @@ def sso_step_(
         scale: factor of the update.
         lr: learning rate.
         rule: the step's settings.
-        total: sum over the ranks that hold the other rows; None for whole matrices. It is called five
-            times a step, twice with ``(b, n, n)`` and once with ``(b, n, n + 1)`` numbers.
+        total: sum over the ranks that hold the other rows; None for whole matrices. It is called three
+            times a step, with ``(b, n, n)``, ``(b,)`` and ``(b, n + 1, n + 1)`` numbers.
     """
     top = retract_to_spectral_sphere_(W, cache, radius=radius, lr=lr, rule=rule, total=total)
     norm = frobenius_norm(N, total)
