@@ -142,6 +142,7 @@ VARIANTS: dict[str, tuple[list[object], tuple[int, int, list[object]]]] = {
     "latent attention": ([*LATENT.split(), "--qk-pos-emb-head-dim", 8], (2, 2, [SP])),
     "gated attention, more tokens": (["--attention-output-gate", "--mtp-num-layers", 1], (4, 4, [])),
     "hybrid": ([*MOE, "--hybrid-layer-pattern", "*-*E"], (4, 2, [SP, *PP2, *EP2, *ETP1])),
+    "one query group": ([*DENSE, "--num-query-groups", 1], (4, 4, [])),  # heads begin and end anywhere
     "query groups": ([*DENSE, "--spectral-qkv-split", "group"], (4, 4, [])),
     "fused attention": ([*DENSE, "--spectral-qkv-split", "whole"], (2, 2, [])),
 }
