@@ -29,17 +29,17 @@ def frobenius_norm(X: Tensor, total: Total | None = None) -> Tensor:
     return norm if total is None else total(norm.square()).sqrt()
 
 
-def frobenius_normalize(X: Tensor, total: Total | None = None) -> Tensor:
+def frobenius_normalize(X: Tensor, norm: Tensor | None = None) -> Tensor:
     """``X / ||X||_F`` for each matrix of a batch; a zero matrix stays zero.
 
     Args:
         X: ``(b, m, n)``, floating point.
-        total: sum over the ranks that hold the other rows.
+        norm: ``(b,)`` from ``frobenius_norm``, where rows are cut or it is known already.
 
     Returns:
         A new ``(b, m, n)`` tensor.
     """
-    norm = frobenius_norm(X, total).clamp_min(torch.finfo(X.dtype).tiny)
+    norm = (frobenius_norm(X) if norm is None else norm).clamp_min(torch.finfo(X.dtype).tiny)
     return X / norm.to(X.dtype)[:, None, None]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sso_megatron.matrices.layout import ParameterLayout, Split
 from sso_megatron.optimizers.config import SpectralConfig
-from sso_megatron.parallel.cost import PolarWork, cheapest_mode
+from sso_megatron.parallel.cost import PolarWork, mode_costs
 from sso_megatron.parallel.placement import Local, Placement, place
 from sso_megatron.parallel.shards import Shards, group_rank, group_ranks, group_size
 
@@ -169,7 +169,8 @@ def _place(
     mode: str = shared.tp_mode
     if mode == "auto":
         batch = (len(members), split.shape, dim, tp_size)
-        mode = cheapest_mode(*batch, work=work, flops_per_byte=shared.flops_per_byte)
+        costs = mode_costs(*batch, work=work, flops_per_byte=shared.flops_per_byte)
+        mode = min(costs, key=costs.__getitem__)
     if mode == "owner":  # in parts of which every rank owns as many matrices
         size = tp_size * max(1, workspace // ((_WORKSPACE_COPIES + _EXCHANGE_COPIES) * num_bytes))
     elif mode == "distributed":

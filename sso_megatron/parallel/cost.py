@@ -37,31 +37,6 @@ class PolarWork:
         return 6.0 * cut * side**2 + self.num_trials * self.num_steps * 8.0 * side**3
 
 
-def cheapest_mode(
-    num_matrices: int,
-    shape: tuple[int, int],
-    partition_dim: int,
-    tp_size: int,
-    *,
-    work: PolarWork,
-    flops_per_byte: float,
-) -> str:
-    """The placement with the least cost for a batch of cut matrices.
-
-    Args:
-        num_matrices: matrices of this shape.
-        shape: global ``(d_out, d_in)``.
-        partition_dim: dimension that is cut.
-        tp_size: ranks of the group.
-        work: Newton-Schulz iterations a step.
-        flops_per_byte: flops in the time of one byte between ranks.
-    """
-    costs = mode_costs(
-        num_matrices, shape, partition_dim, tp_size, work=work, flops_per_byte=flops_per_byte
-    )
-    return min(costs, key=costs.__getitem__)
-
-
 def mode_costs(
     num_matrices: int,
     shape: tuple[int, int],
@@ -71,11 +46,19 @@ def mode_costs(
     work: PolarWork,
     flops_per_byte: float,
 ) -> dict[str, float]:
-    """Cost of a step on a batch by mode, in flops of one rank; arguments as ``cheapest_mode``'s.
+    """Cost of a step on a batch of cut matrices by mode, in flops of one rank.
 
     Bytes that each rank receives: ``duplicated`` gathers weight and momentum; ``owner`` receives the
     other shards of its own matrices, and its own shards of the others' updated weights;
     ``distributed`` all-reduces a Gram matrix of the uncut side in float32 and one in float64.
+
+    Args:
+        num_matrices: matrices of this shape.
+        shape: global ``(d_out, d_in)``.
+        partition_dim: dimension that is cut.
+        tp_size: ranks of the group.
+        work: Newton-Schulz iterations a step.
+        flops_per_byte: flops in the time of one byte between ranks.
     """
     elements = shape[0] * shape[1]
     side = shape[1 - partition_dim]

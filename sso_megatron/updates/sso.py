@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sso_megatron.linalg.coefficients import Coefficients
-from sso_megatron.linalg.polar import Total, frobenius_norm
+from sso_megatron.linalg.polar import Total, frobenius_norm, frobenius_normalize
 from sso_megatron.linalg.polar_line import PolarLine, add_rank_one, polar_line
 from sso_megatron.linalg.power_iteration import TopSingular, power_iteration, start_basis
 from sso_megatron.linalg.root_finding import Root, bisect_root, track_root
@@ -176,8 +176,7 @@ def sso_step_(
     """
     top = retract_to_spectral_sphere_(W, cache, radius=radius, lr=lr, rule=rule, total=total)
     norm = frobenius_norm(N, total)
-    M = N / norm.clamp_min(torch.finfo(N.dtype).tiny).to(N.dtype)[:, None, None]
-    line = polar_line(M, top, norm > 0, rule.coefficients, total)
+    line = polar_line(frobenius_normalize(N, norm), top, norm > 0, rule.coefficients, total)
     lam, num_trials, trial = (
         torch.zeros_like(top.sigma),
         torch.ones_like(top.sigma, dtype=torch.int64),
