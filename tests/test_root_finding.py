@@ -98,3 +98,20 @@ def test_tracking_one_trial_is_one_evaluation() -> None:
     assert f.evaluated.item() == 1
     assert found.root.lam == torch.tensor([0.09])
     torch.testing.assert_close(found.next_lam, f.roots, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("rest", [3e-9, -3e-9])
+def test_tracking_stays_where_a_step_rounds_to_nothing(rest: float) -> None:
+    """At the root to the last digit; the bracket has a far end to which it must not turn."""
+    f = Functions([0.1], [10.0])
+
+    def never_zero(lam: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        value, extra = f(lam, rows)
+        return torch.where(value.abs() < 1e-6, rest, value), extra
+
+    for num_trials in range(8, 16):
+        found = track_root(
+            never_zero, torch.tensor([0.3]), torch.tensor([10.0]), tolerance=1e-3, num_trials=num_trials
+        )
+        assert abs(found.root.lam.item() - 0.1) < 1e-6
+        assert abs(found.next_lam.item() - 0.1) < 1e-6

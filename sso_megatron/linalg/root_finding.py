@@ -149,7 +149,9 @@ def track_root(
         last_lam, last_value = trial, value
         reach = trial.abs().clamp_min(_MAX_FIRST_STEP)
         proposal = trial + (-value / slope).clamp(-reach, reach)
-        inside = (proposal > low) & (proposal < high)
+        # An end of the bracket counts as inside: at the root to the last digit a step rounds to nothing,
+        # and the middle of a bracket with a far end would throw the trial away.
+        inside = (proposal >= low) & (proposal <= high)
         middle = (low + high) / 2
         lam = torch.where(inside | ~torch.isfinite(middle), proposal, middle)
     root = Root(
