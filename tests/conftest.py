@@ -129,6 +129,8 @@ class Megatron:
         calls: tuple[str, ...] = (),
         fails: bool = False,
         timeout: float = 120,
+        grace: float = 20,
+        env: dict[str, str] | None = None,
         main: str = "sso_megatron.cli.pretrain_gpt:main",
     ) -> Run:
         """Train on ``ranks`` processes; ``calls`` are functions that each rank runs before that."""
@@ -143,6 +145,8 @@ class Megatron:
             "folder": str(folder),
             "port": port,
             "timeout": timeout,
+            "grace": grace,
+            "env": env or {},
         }
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()

@@ -132,11 +132,6 @@ def whole_momenta(optimizer: Any, batch: Any) -> torch.Tensor:
     return batch.whole(batch.read(optimizer.state[m.param]["momentum_buffer"] for m in batch.members))
 
 
-def loaded_momentum() -> None:
-    """Save the momentum that a checkpoint gave, before training goes on."""
-    around_train(lambda model, optimizer: save("loaded", momenta(optimizer)), None)
-
-
 def no_process_group() -> None:
     """Leave a mark if a process group is made."""
     original = torch.distributed.init_process_group

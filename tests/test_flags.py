@@ -161,8 +161,8 @@ ERRORS = [
         "--overlap-param-gather-with-optimizer-step with --optimizer sso: all parts of the optimizer step",
     ),
     (
-        ["--use-distributed-optimizer", "--save", "ckpt"],
-        "--save with --use-distributed-optimizer with --optimizer sso: its state cannot be kept yet",
+        ["--sso-radius-mode", "from_weights", "--spectral-mup-init"],
+        "--sso-radius-mode from_weights with --spectral-mup-init: weights are drawn for radii that",
     ),
     (
         ["--use-distributed-optimizer", "--save", "ckpt", "--no-save-optim", "--ckpt-format", "torch"],

@@ -1,5 +1,6 @@
 """SSO and MuonSphere against Algorithm 1 by float64 SVD."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -103,14 +104,15 @@ def test_residual_is_removed_exactly(solver: str) -> None:
     rule = SSO([torch.nn.Parameter(torch.ones(2, 2))], solver=solver)._rule
     gen = torch.Generator().manual_seed(0)
     W = torch.randn(4, 40, 64, generator=gen) * 0.1
-    cache, _ = update.start_cache(W, rule)
+    cache = update.start_cache(W, rule)
+    cache.radius.fill_(0.8)
     for _ in range(50):
         N = torch.randn(4, 40, 64, generator=gen)
         before = W.clone()
-        copy = update.SpectralCache(cache.basis, cache.lam, cache.slope)
-        top = update.retract_to_spectral_sphere_(before, copy, radius=0.8, lr=1.0, rule=rule)
+        copy = dataclasses.replace(cache)
+        top = update.retract_to_spectral_sphere_(before, copy, lr=1.0, rule=rule)
         W2 = W.clone()
-        update.sso_step_(W2, N, cache, radius=0.8, scale=1.0, lr=1.0, rule=rule)
+        update.sso_step_(W2, N, cache, scale=1.0, lr=1.0, rule=rule)
         Phi = before - W2
         residual = torch.einsum("bm,bmn,bn->b", top.u, Phi, top.v)
         assert residual.abs().max() <= 2e-6

@@ -6,6 +6,7 @@ rendezvous over Gloo, exactly as torchrun would start them.
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -32,7 +33,7 @@ def run_rank(rank: int, request: dict[str, Any]) -> int:
     size = str(request["ranks"])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size}
     os.environ |= {"LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(request["port"])}
+    os.environ |= {"MASTER_PORT": str(request["port"])} | request["env"]
     os.chdir(folder)
     sys.argv = ["pretrain_gpt.py", *request["argv"]]
     code = 1
@@ -67,7 +68,7 @@ def serve(request: dict[str, Any]) -> list[int | None]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)  # workers that wrote its checkpoints
             if codes[children[pid]]:
-                deadline = min(deadline, time.monotonic() + 20)
+                deadline = min(deadline, time.monotonic() + request.get("grace", 20))
         elif time.monotonic() > deadline:
             for child, rank in children.items():
                 if codes[rank] is None:
@@ -75,6 +76,14 @@ def serve(request: dict[str, Any]) -> list[int | None]:
         else:
             time.sleep(0.02)
     return codes
+
+
+def fork_checkpoint_writers() -> None:
+    """Fork the server of a save's result queue: spawned, it would import for ten seconds."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    make_queue = functools.partial(filesystem_async.get_write_results_queue, mp_mode="fork")
+    filesystem_async.get_write_results_queue = make_queue
 
 
 def main() -> None:
@@ -88,6 +97,7 @@ def main() -> None:
     importlib.import_module("megatron.core.tokenizers.text")  # else every rank imports transformers
     for name in ("sso_megatron.mcore.recorder", "sso_megatron.cli.pretrain_gpt", "probes"):
         importlib.import_module(name)
+    fork_checkpoint_writers()
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line))), file=answers, flush=True)

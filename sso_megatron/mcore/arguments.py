@@ -97,6 +97,11 @@ def check_request(args: argparse.Namespace) -> None:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} with --optimizer {args.optimizer}: {rule}")
     _check_sharding(args)
+    if args.spectral_mup_init and args.sso_radius_mode == "from_weights":
+        raise ValueError(
+            "--sso-radius-mode from_weights with --spectral-mup-init: weights are drawn for radii that "
+            "the weights themselves would give; leave one out"
+        )
     changed = _changed(args, "sso", SSOConfig)
     if args.optimizer == "muon_sphere":
         idle = [n for n in changed if n == "tangent" or n.startswith("solver")]
@@ -135,14 +140,6 @@ def _check_sharding(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} {using}: "
             "matrices are sharded over all data-parallel ranks; use 1"
-        )
-    saves = args.save is not None and not args.no_save_optim
-    loads = args.load is not None and not (args.no_load_optim or args.finetune)
-    if args.use_distributed_optimizer and (saves or loads):
-        raise ValueError(
-            f"{'--save' if saves else '--load'} with --use-distributed-optimizer {using}: its state cannot "
-            "be kept yet; add --no-save-optim and --no-load-optim to keep the model alone, or leave out "
-            "--use-distributed-optimizer"
         )
     if args.use_distributed_optimizer and args.save is not None and args.ckpt_format == "torch":
         raise ValueError(

@@ -18,6 +18,9 @@ SUPPORTED_EMERGING = ((0, 3), (0, 4))
 SHARDED_WHOLE = "is_managed_by_layer_wise_optimizer"
 """Megatron's tag of parameters that DDP keeps in buffers of their own, one shard for each of them."""
 
+OPTIONAL_STATE = "optimizer.spectral."
+"""Keys of optimizer state in a checkpoint begin with it where the optimizer can do without them."""
+
 
 class UnsupportedError(ValueError):
     """Something that is installed or asked for cannot work; the message says the way out."""

@@ -3,7 +3,7 @@
 import os
 import socket
 
-from sso_megatron.mcore import arguments, compat, cpu, recorder
+from sso_megatron.mcore import arguments, checkpoint_loading, checkpoint_saving, compat, cpu, recorder
 
 
 def enter() -> None:
@@ -27,6 +27,8 @@ def enter() -> None:
     cpu.skip_helper_compilation()
     arguments.install()
     recorder.install()
+    checkpoint_saving.install()
+    checkpoint_loading.install()
 
 
 def _hides_gpus() -> bool:

@@ -7,13 +7,14 @@ import copy
 from typing import Any
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, FP32Optimizer
+from megatron.core.optimizer import FP32Optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank
 
 from sso_megatron.mcore import compat
+from sso_megatron.mcore.chain import SpectralChain
 
 
 class SpectralLayerWiseOptimizer(LayerWiseDistributedOptimizer):
@@ -85,7 +86,7 @@ def _owned(layout: Any, rank: int) -> list[torch.Tensor]:
 _GATHERING = (DistributedOptimizer, LayerWiseDistributedOptimizer)
 
 
-class ShardedChain(ChainedOptimizer):
+class ShardedChain(SpectralChain):
     """Spectral and AdamW optimizers whose parameters are gathered together once all have stepped.
 
     In Megatron-Core 0.19 each part gathers the bucket groups that it takes for its own by their first
@@ -94,7 +95,7 @@ class ShardedChain(ChainedOptimizer):
     """
 
     @torch.no_grad()
-    def step_with_ready_grads(self) -> bool:
+    def _step_parts(self) -> bool:
         """Step every part, then gather.
 
         Collectives: those of the parts; with ``overlap_param_gather`` no more, for the next forward pass

@@ -39,9 +39,13 @@ def global_names(chunk: Any, first_expert: int) -> Callable[[str], str]:
 
 
 def expert_by_itself(name: str) -> str:
-    """The name that a routed expert's weight has where each expert is a module of its own."""
+    """The name that a routed expert's weight has where each expert is a module of its own.
+
+    Args:
+        name: of a parameter, or of a logical matrix of it.
+    """
     return re.sub(
-        r"(^|\.)experts\.linear_fc([12])\.weight(\d+)$",
+        r"(^|\.)experts\.linear_fc([12])\.weight(\d+)(?=\[|$)",
         r"\1experts.local_experts.\3.linear_fc\2.weight",
         name,
     )

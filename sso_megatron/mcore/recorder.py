@@ -194,7 +194,7 @@ def spectra(optimizers: Iterable[SSO]) -> dict[str, dict[str, float]]:
             if batch.stats is None:
                 continue
             columns = (
-                batch.stats.sigma / optimizer.radius(batch),
+                batch.stats.sigma / batch.cache.radius,
                 batch.stats.residual,
                 batch.stats.converged,
             )

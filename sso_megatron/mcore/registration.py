@@ -115,7 +115,10 @@ def _by_our_factory(original: Callable[..., Any]) -> Callable[..., Any]:
 
             return layer_wise.build(config, model_chunks, config_overrides, groups)
         _current.find_layout = LayoutTable(prepare_model(model_chunks, sso, shared, groups))
-        return original(config, model_chunks, config_overrides, pg_collection)
+        chain = original(config, model_chunks, config_overrides, pg_collection)
+        from sso_megatron.mcore.chain import SpectralChain
+
+        return SpectralChain(chain.chained_optimizers)
 
     return get_megatron_emerging_optimizer
 

@@ -16,6 +16,9 @@ from sso_megatron.updates.momentum import direction, update_momentum_
 
 FindLayout = Callable[[Tensor], ParameterLayout]
 
+MatrixState = dict[str, Tensor]
+"""What an algorithm keeps of one logical matrix from step to step, by name."""
+
 
 class SpectralOptimizer(torch.optim.Optimizer):
     """Momentum, batching and placement; a subclass takes the step on a batch of matrices.
@@ -42,6 +45,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         self._momentum, self._nesterov, self._weight_decay = momentum, nesterov, weight_decay
         self._find_layout = find_layout
         self._batches: list[MatrixBatch] | None = None
+        self._loaded: dict[str, MatrixState] = {}
         # Nothing but the learning rate is in the groups: a checkpoint restores groups, and what the
         # optimizer was built with must win over what an earlier run was built with.
         super().__init__(params, {"lr": lr})
@@ -57,8 +61,12 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 dtype = torch.promote_types(param.dtype, torch.float32)
                 self.state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with ``spectral_state`` under ``spectral``."""
+        return super().state_dict() | {"spectral": self.spectral_state()}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load momenta and groups; spectral caches are found again from the loaded weights."""
+        """Load momenta, groups and what is kept of each matrix; see ``load_spectral_state``."""
         super().load_state_dict(state_dict)
         # torch rounds floating state to the parameter's dtype: take float32 momenta from the source.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -67,7 +75,30 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 source = state_dict["state"][index]["momentum_buffer"]
                 dtype = torch.promote_types(param.dtype, torch.float32)
                 self.state[param]["momentum_buffer"] = source.to(param.device, dtype, copy=True)
+        self.load_spectral_state(state_dict.get("spectral", {}))
+
+    def spectral_state(self) -> dict[str, MatrixState]:
+        """What is kept of each logical matrix beside its momentum, by its global name, on the host.
+
+        Of those that this rank works on: with ``owner`` each rank of a tensor-parallel group has others.
+        One transfer from the device a batch.
+        """
+        kept = dict(self._loaded)
+        for batch in self._batches or ():
+            if batch.cache is not None:
+                names = [member.name for member in batch.here]
+                kept |= dict(zip(names, self.matrix_states(batch), strict=True))
+        return kept
+
+    def load_spectral_state(self, states: dict[str, MatrixState]) -> None:
+        """Start from what ``spectral_state`` gave; what is missing or does not fit is found anew."""
         self.reset_caches()
+        self._loaded = dict(states)
+
+    def take_loaded(self, batch: MatrixBatch) -> list[MatrixState | None]:
+        """The loaded state of each of ``batch.here``, which is not kept any longer."""
+        states = {member.name: self._loaded.pop(member.name, None) for member in batch.members}
+        return [states[member.name] for member in batch.here]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; batches are made anew.
@@ -82,15 +113,15 @@ class SpectralOptimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self.reset_caches()
+        self._loaded, self._batches = self.spectral_state(), None
 
     def reset_caches(self) -> None:
         """Forget what is known of the weights' spectra; call it after editing weights by hand."""
-        self._batches = None
+        self._batches, self._loaded = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes for copy and pickle, but for batches, which hold this object's parameters."""
-        return self.__dict__ | {"_batches": None}
+        return self.__dict__ | {"_batches": None, "_loaded": self.spectral_state()}
 
     @property
     def batches(self) -> list[MatrixBatch]:
@@ -160,6 +191,14 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 whole matrices, or rows of them where ``batch.placement.total`` sums over the others.
             N: ``(b, p, q)`` momentum direction, same dtype.
         """
+        raise NotImplementedError
+
+    def matrix_states(self, batch: MatrixBatch) -> list[MatrixState]:
+        """What is kept of each of ``batch.here``: tensors of their own, on the host."""
+        raise NotImplementedError
+
+    def fits(self, batch: MatrixBatch, state: MatrixState) -> bool:
+        """Whether ``matrix_states`` of another layout or setting can be gone on with in this one."""
         raise NotImplementedError
 
     def polar_work(self) -> PolarWork:

@@ -100,10 +100,11 @@ class SSOConfig:
 
     momentum: float = setting(0.9, "decay of the gradient's moving average", "paper")
     nesterov: bool = setting(True, "look ahead by one gradient", "paper")
-    radius_mode: Literal["spectral_mup", "identity"] = setting(
+    radius_mode: Literal["spectral_mup", "identity", "from_weights"] = setting(
         "spectral_mup",
-        "radius R of the sphere: spectral_mup c*sqrt(d_out/d_in), identity c",
-        "paper",
+        "radius R of the sphere: spectral_mup c*sqrt(d_out/d_in), identity c, from_weights c times the "
+        "norm that the weight has at the first step: a pretrained model does not jump",
+        "paper; from_weights ours",
     )
     radius_scaler: float = setting(1.0, "the factor c of the radius", "paper, fig. 5: 0.1 .. 10")
     scale_mode: Literal["spectral_mup", "align_adam_rms", "spectral_kaiming"] = setting(

@@ -10,12 +10,14 @@ from torch.optim.optimizer import ParamsT
 
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.matrices.scaling import target_radius, update_scale
-from sso_megatron.optimizers.base import FindLayout, SpectralOptimizer
+from sso_megatron.optimizers.base import FindLayout, MatrixState, SpectralOptimizer
 from sso_megatron.optimizers.batches import MatrixBatch
 from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
 from sso_megatron.parallel.cost import PolarWork
 from sso_megatron.updates.sso import (
+    SpectralCache,
     SSORule,
+    blank_cache,
     retract_to_spectral_sphere_,
     sso_step_,
     start_cache,
@@ -95,10 +97,6 @@ class SSO(SpectralOptimizer):
     def _complete(self, config: SSOConfig) -> SSOConfig:
         return config
 
-    def radius(self, batch: MatrixBatch) -> float:
-        """Target spectral norm R of the batch's matrices."""
-        return target_radius(batch.shape, self.config.radius_mode, self.config.radius_scaler)
-
     def polar_work(self) -> PolarWork:
         """Newton-Schulz iterations of a warm step; bisection is taken at its published mean."""
         searches = self._rule.tangent == "solve"
@@ -109,28 +107,41 @@ class SSO(SpectralOptimizer):
     def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
         """Retract, solve and update a batch in place; see ``updates.sso.sso_step_``."""
         self._warm_up(batch, W)
-        radius = self.radius(batch)
         batch.stats = sso_step_(
             W,
             N,
             batch.cache,
-            radius=radius,
-            scale=update_scale(batch.shape, self.config.scale_mode, radius),
+            scale=update_scale(batch.shape, self.config.scale_mode, batch.cache.radius),
             lr=batch.group["lr"],
             rule=self._rule,
             total=batch.placement.total,
         )
 
     def _warm_up(self, batch: MatrixBatch, W: Tensor) -> None:
+        """Make the cache of a batch that has none: from a checkpoint, else from the weights."""
         if batch.cache is not None:
             return
-        cache, sigma = start_cache(W, self._rule, batch.placement.total)
+        states = self.take_loaded(batch)
+        is_known = bool(states) and all(state and self.fits(batch, state) for state in states)
+        cache = (blank_cache if is_known else start_cache)(W, self._rule, batch.placement.total)
+        self._refuse_zeros(batch, cache.radius)
+        c = self.config
+        if c.radius_mode == "from_weights":
+            cache.radius.mul_(c.radius_scaler)
+        else:
+            cache.radius.fill_(target_radius(batch.shape, c.radius_mode, c.radius_scaler))
+        for index, state in enumerate(states):
+            if state:
+                self._go_on_from(state, batch, cache, index)
+        cache.is_cold = not is_known or any(bool(state["is_cold"]) for state in states if state)
+        batch.cache = cache
+
+    def _refuse_zeros(self, batch: MatrixBatch, norms: Tensor) -> None:
         # The one look at values on the host, before the first step; every rank sees all of them, so that
         # none goes on alone. A master copy requires no gradient, yet has one.
-        norms = batch.placement.share(sigma).tolist()
         dead = [
             member.name
-            for member, norm in zip(batch.members, norms, strict=True)
+            for member, norm in zip(batch.members, batch.placement.share(norms).tolist(), strict=True)
             if (member.param.requires_grad or member.param.grad is not None) and not norm > 0
         ]
         if dead:
@@ -138,7 +149,42 @@ class SSO(SpectralOptimizer):
                 f"{', '.join(dead)}: a weight of spectral norm 0 (or not finite) has no place on a "
                 "sphere; initialise it with random values, or exclude it from the spectral optimizer"
             )
-        batch.cache = cache
+
+    def matrix_states(self, batch: MatrixBatch) -> list[MatrixState]:
+        """Singular vectors, lam and slope; with ``from_weights`` the radius and the factor in it."""
+        cache: SpectralCache = batch.cache
+        columns = {self._side(batch): cache.basis, "lam": cache.lam, "slope": cache.slope}
+        columns["is_cold"] = torch.tensor(cache.is_cold).expand(len(cache.lam))
+        if self.config.radius_mode == "from_weights":
+            columns["radius"] = cache.radius
+            scaler = torch.tensor(self.config.radius_scaler, dtype=torch.float64)  # as the setting
+            columns["radius_scaler"] = scaler.expand(len(cache.lam))
+        columns = {key: column.cpu() for key, column in columns.items()}
+        return [{key: column[i].clone() for key, column in columns.items()} for i in range(len(cache.lam))]
+
+    def fits(self, batch: MatrixBatch, state: MatrixState) -> bool:
+        """Whether the singular vectors are those that this placement keeps, and a radius is there."""
+        side = self._side(batch)
+        height = batch.shape[1 if side == "right_vectors" else 0]
+        wanted = (height, min(self.config.power_block, height))
+        has_radius = "radius" in state or self.config.radius_mode != "from_weights"
+        return has_radius and side in state and state[side].shape == wanted
+
+    def _side(self, batch: MatrixBatch) -> str:
+        """Which singular vectors the cache holds: of the short side, or of the side that is not cut."""
+        if batch.placement.total is None:
+            return "right_vectors" if batch.shape[0] >= batch.shape[1] else "left_vectors"
+        return "left_vectors" if batch.members[0].split.partition_dim else "right_vectors"
+
+    def _go_on_from(self, state: MatrixState, batch: MatrixBatch, cache: SpectralCache, index: int) -> None:
+        cache.lam[index], cache.slope[index] = state["lam"], state["slope"]
+        if self.config.radius_mode == "from_weights" and "radius" in state:
+            # The factor as a float of its own: c R / c is not always R.
+            same = float(state["radius_scaler"]) == self.config.radius_scaler
+            factor = 1.0 if same else self.config.radius_scaler / float(state["radius_scaler"])
+            cache.radius[index] = state["radius"] * factor
+        if self.fits(batch, state):
+            cache.basis[index] = state[self._side(batch)]
 
     @torch.no_grad()
     def retracted(self) -> Iterator[tuple[str, Tensor, float]]:
@@ -147,22 +193,22 @@ class SSO(SpectralOptimizer):
         This is what a step's retraction would give now, by the same code, on a copy. Every rank of a
         tensor-parallel group must run through it.
 
-        Collectives: those of each batch's placement, and one all-gather for each batch that is cut.
+        Collectives: those of each batch's placement, ``share`` included, and one all-gather for each
+        batch that is cut.
         """
         for batch in self.batches:
             (W,) = batch.placement.spread(batch.weights().unsqueeze(0))
-            radius = self.radius(batch)
             self._warm_up(batch, W)
+            radii = batch.placement.share(batch.cache.radius).tolist()
             retract_to_spectral_sphere_(
                 W,
                 dataclasses.replace(batch.cache),
-                radius=radius,
                 lr=batch.group["lr"],
                 rule=self._rule,
                 total=batch.placement.total,
             )
             matrices = batch.whole(batch.placement.collect(W))
-            for member, matrix in zip(batch.members, matrices, strict=True):
+            for member, matrix, radius in zip(batch.members, matrices, radii, strict=True):
                 yield member.name, matrix, radius
 
 

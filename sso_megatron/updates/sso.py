@@ -60,12 +60,14 @@ class SpectralCache:
         basis: ``(b, s, k)`` block of the power iteration.
         lam: ``(b,)`` where the next search for the root starts.
         slope: ``(b,)`` slope of ``h`` at the root.
+        radius: ``(b,)`` spectral norm R that weights are retracted to.
         is_cold: no step has used it yet, so that the search may take more trials.
     """
 
     basis: Tensor
     lam: Tensor
     slope: Tensor
+    radius: Tensor
     is_cold: bool = True
 
 
@@ -97,22 +99,29 @@ _COLD_SLOPE = 10.0
 _BRACKET_STEP = 1e-3
 
 
-def start_cache(W: Tensor, rule: SSORule, total: Total | None = None) -> tuple[SpectralCache, Tensor]:
-    """Cache for a batch that has none, and the spectral norms ``(b,)`` found on the way.
+def blank_cache(W: Tensor, rule: SSORule, total: Total | None = None) -> SpectralCache:
+    """Cache of the right shapes for a batch whose state is known and to be filled in; radii are 1."""
+    basis = start_basis(W, rule.power_block, rows_are_cut=total is not None)
+    lam = W.new_zeros(W.size(0))
+    return SpectralCache(basis, lam, torch.full_like(lam, _COLD_SLOPE), radius=torch.ones_like(lam))
+
+
+def start_cache(W: Tensor, rule: SSORule, total: Total | None = None) -> SpectralCache:
+    """Cache for a batch that has none; its radii are the spectral norms of the weights.
 
     Args:
         W: ``(b, m, n)`` float32 or float64.
         rule: the step's settings.
         total: sum over the ranks that hold the other rows; None for whole matrices.
     """
-    basis = start_basis(W, rule.power_block, rows_are_cut=total is not None)
-    top = power_iteration(W, basis, degree=rule.power_degree, num_passes=_COLD_PASSES, total=total)
-    lam = torch.zeros_like(top.sigma)
-    return SpectralCache(top.basis, lam, torch.full_like(lam, _COLD_SLOPE)), top.sigma
+    cache = blank_cache(W, rule, total)
+    top = power_iteration(W, cache.basis, degree=rule.power_degree, num_passes=_COLD_PASSES, total=total)
+    cache.basis, cache.radius = top.basis, top.sigma
+    return cache
 
 
-def retraction_factor(sigma: Tensor, radius: float, lr: float, rule: SSORule) -> Tensor:
-    """Factor that takes weights of norm ``sigma`` ``(b,)`` to, or towards, the sphere of ``radius``.
+def retraction_factor(sigma: Tensor, radius: Tensor, lr: float, rule: SSORule) -> Tensor:
+    """Factor that takes weights of norm ``sigma`` to, or towards, the sphere of ``radius``, all ``(b,)``.
 
     Hard: ``R / sigma``. Dynamic: ``1 + alpha lr sign(R - sigma)`` (eq. 34, with the paper's ``lr``).
     """
@@ -126,7 +135,6 @@ def retract_to_spectral_sphere_(
     W: Tensor,
     cache: SpectralCache,
     *,
-    radius: float,
     lr: float,
     rule: SSORule,
     total: Total | None = None,
@@ -135,8 +143,7 @@ def retract_to_spectral_sphere_(
 
     Args:
         W: ``(b, m, n)`` float32 or float64.
-        cache: its basis is used and replaced.
-        radius: target spectral norm.
+        cache: its basis is used and replaced, its radius used.
         lr: learning rate, which dynamic retraction needs.
         rule: the step's settings.
         total: sum over the ranks that hold the other rows; None for whole matrices.
@@ -146,7 +153,7 @@ def retract_to_spectral_sphere_(
     """
     top = power_iteration(W, cache.basis, degree=rule.power_degree, total=total)
     cache.basis = top.basis
-    W.mul_(retraction_factor(top.sigma, radius, lr, rule)[:, None, None])
+    W.mul_(retraction_factor(top.sigma, cache.radius, lr, rule)[:, None, None])
     return top
 
 
@@ -155,8 +162,7 @@ def sso_step_(
     N: Tensor,
     cache: SpectralCache,
     *,
-    radius: float,
-    scale: float,
+    scale: Tensor | float,
     lr: float,
     rule: SSORule,
     total: Total | None = None,
@@ -167,14 +173,13 @@ def sso_step_(
         W: ``(b, m, n)`` weights, float32 or float64, whole logical matrices or this rank's rows.
         N: ``(b, m, n)`` momentum direction, same dtype.
         cache: used and updated.
-        radius: target spectral norm R.
-        scale: factor of the update.
+        scale: factor of the update, of all or ``(b,)``.
         lr: learning rate.
         rule: the step's settings.
         total: sum over the ranks that hold the other rows; None for whole matrices. It is called three
             times a step, with ``(b, n, n)``, ``(b,)`` and ``(b, n + 1, n + 1)`` numbers.
     """
-    top = retract_to_spectral_sphere_(W, cache, radius=radius, lr=lr, rule=rule, total=total)
+    top = retract_to_spectral_sphere_(W, cache, lr=lr, rule=rule, total=total)
     norm = frobenius_norm(N, total)
     line = polar_line(frobenius_normalize(N, norm), top, norm > 0, rule.coefficients, total)
     lam, num_trials, trial = (
@@ -190,7 +195,10 @@ def sso_step_(
     if rule.tangent != "none":
         # <Theta, Phi> = h exactly, so this puts Phi on the tangent space whatever the search left.
         Phi = add_rank_one(Phi, -h, top.u, top.v)
-    W.add_(Phi, alpha=-lr * scale)
+    if isinstance(scale, Tensor):
+        W.addcmul_(Phi, scale[:, None, None], value=-lr)
+    else:
+        W.add_(Phi, alpha=-lr * scale)
     return SSOStats(top.sigma, lam, h, num_trials, h.abs() <= rule.tolerance)
 
 

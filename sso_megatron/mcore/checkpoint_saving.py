@@ -1,0 +1,96 @@
+"""Hooks where Megatron saves: into a partial folder, with a manifest, and a tracker that is replaced.
+
+They serve every optimizer. Left alone are folders in object stores (``--enable-msc``), which cannot be
+renamed, and formats other than torch_dist, whose tracker alone is replaced.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sso_megatron.mcore import checkpoint_folder, checkpoint_manifest, compat
+
+
+def install() -> None:
+    """Hook into Megatron's saving.
+
+    Raises:
+        UnsupportedError: this Megatron-Core lacks one of the functions.
+    """
+    from megatron.core import dist_checkpointing, msc_utils
+
+    compat.wrap(dist_checkpointing, "save", _into_partial_folder)
+    # The file functions that the whole of Megatron shares; only the tracker is treated in another way.
+    compat.wrap(msc_utils.maybe_msc, "open", _with_tracker_replaced)
+
+
+def uses_object_store() -> bool:
+    """Whether Megatron's paths may be addresses in an object store."""
+    from megatron.core.msc_utils import MultiStorageClientFeature
+
+    return bool(MultiStorageClientFeature.is_enabled())
+
+
+_swept: set[Path] = set()
+"""Folders of checkpoints that this run has saved into, hence cleaned of what earlier ones left."""
+
+
+def _into_partial_folder(original: Callable[..., Any]) -> Callable[..., Any]:
+    def save(
+        sharded_state_dict: Any,
+        checkpoint_dir: Any,
+        *args: Any,
+        verify_integrity: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Save as Megatron does, so that the folder is there only when it is complete.
+
+        Collectives, beside Megatron's: a barrier before, and those of ``_finish``; in an asynchronous
+        save the latter when it is finalised.
+        """
+        folder = Path(checkpoint_dir)
+        if uses_object_store() or not checkpoint_folder.is_checkpoint_name(folder.name):
+            return original(
+                sharded_state_dict, checkpoint_dir, *args, verify_integrity=verify_integrity, **kwargs
+            )
+        if dist.get_rank() == 0:
+            checkpoint_folder.start_partial(folder, sweep=folder.parent not in _swept)
+        _swept.add(folder.parent)
+        dist.barrier()
+        partial = checkpoint_folder.partial_of(folder)
+        # Without verify_integrity: the manifest is written anyway, and by all ranks.
+        request = original(sharded_state_dict, str(partial), *args, **kwargs)
+        if request is None:
+            _finish(folder)
+        else:  # Megatron adds what writes the tracker after this
+            request.finalize_fns.append(lambda: _finish(folder))
+        return request
+
+    return save
+
+
+def _finish(folder: Path) -> None:
+    """Write the manifest of a partial folder and make it the checkpoint.
+
+    Collectives: those of ``checkpoint_manifest.write`` and a barrier, after which the folder is there.
+    """
+    checkpoint_manifest.write(checkpoint_folder.partial_of(folder))
+    if dist.get_rank() == 0:
+        checkpoint_folder.publish(folder)
+    dist.barrier()
+
+
+def _with_tracker_replaced(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron empties the tracker and then writes it; a run killed between would leave it empty."""
+    from megatron.core.msc_utils import maybe_msc
+
+    def open_file(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        is_tracker = Path(path).name == checkpoint_folder.TRACKER
+        if uses_object_store() or not is_tracker or mode != "w":
+            # Asked anew: with an object store this is another function than the one replaced here.
+            return type(maybe_msc).__getattr__(maybe_msc, "open")(path, mode, *args, **kwargs)
+        return checkpoint_folder.replacing(Path(path))
+
+    return open_file

@@ -1,0 +1,195 @@
+"""Functions that a rank runs to die while it saves, to save in the background, or to load with trouble."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def allow_async_save() -> None:
+    """Save in the background, which the rehearsal refuses, with what a rehearsal would need for it.
+
+    Megatron's worker comes from a fresh process, which knows nothing of the rehearsal and divides by the
+    number of CUDA devices; a forked one knows. And it copies tensors to the host before training goes on,
+    which copies nothing here: the worker would write what training has made of them meanwhile.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.training import initialize
+
+    from sso_megatron.mcore import cpu
+
+    cpu._REFUSALS = tuple(refusal for refusal in cpu._REFUSALS if refusal.name != "async_save")
+    start, preload = initialize.init_persistent_async_worker, FileSystemWriterAsync.preload_tensors
+
+    def preload_tensors(write_buckets: Any, non_blocking: bool = True) -> Any:
+        return [
+            (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for file, key, (data, tensors) in preload(write_buckets, non_blocking)
+        ]
+
+    preload_tensors.__qualname__ = "FileSystemWriterAsync.preload_tensors"  # it travels by its name
+    preload_tensors.__module__ = FileSystemWriterAsync.__module__
+    FileSystemWriterAsync.preload_tensors = staticmethod(preload_tensors)
+    initialize.init_persistent_async_worker = lambda rank, mp_mode: start(rank, "fork")
+
+
+def fail_on_rank_1() -> None:
+    """Have one rank fail while it loads tensors; the other goes on to a barrier."""
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+    load = TorchDistLoadShardedStrategy.load
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            raise RuntimeError("the disk\nis on fire")
+        result = load(self, *args, **kwargs)
+        torch.distributed.barrier()
+        return result
+
+    TorchDistLoadShardedStrategy.load = fail
+
+
+def ask_for_optional_state() -> None:
+    """Have the optimizer ask for objects that it can do without, as nested as they come."""
+    from megatron.core.dist_checkpointing import ShardedObject
+    from megatron.training import checkpointing
+
+    from sso_megatron.mcore.compat import OPTIONAL_STATE
+
+    original = checkpointing.generate_state_dict
+
+    def generate_state_dict(*args: Any, **kwargs: Any) -> Any:
+        state = original(*args, **kwargs)
+        rank = int(os.environ["RANK"])
+        state["optimizer"].setdefault("spectral", {}).update(
+            {n: ShardedObject(OPTIONAL_STATE + n, None, (1,), (0,), replica_id=rank) for n in "ab"}
+        )
+        return state
+
+    checkpointing.generate_state_dict = generate_state_dict
+
+
+POINTS = (
+    *("before metadata.json", "after metadata.json", "before manifest", "after manifest"),
+    *("before publish", "before tracker", "between renames", "in tracker", "after tracker"),
+)
+"""Where rank 0 can be killed by name. Between renames there is only where an iteration is saved again."""
+
+
+def die() -> None:
+    """Kill this rank as ``plan.json`` beside the folder of checkpoints says: at a point, or some time."""
+    plan = json.loads((Path(sys.argv[sys.argv.index("--save") + 1]).parent / "plan.json").read_text())
+    if plan["rank"] != int(os.environ["RANK"]):
+        return
+    saves = _Saves(plan["save"])
+    _around(_training(), "save_checkpoint", before=saves.begin)
+    if plan["point"] is None:
+        saves.at_begin = threading.Timer(plan["delay"], _kill).start
+    else:
+        _KILLS[plan["point"]](lambda *args: saves.kill_in_the_last())
+
+
+class _Saves:
+    """Counts the saves of a run; it is to be killed in a certain one."""
+
+    def __init__(self, last: int) -> None:
+        self.count, self.last = 0, last
+        self.at_begin: Callable[[], None] = lambda: None
+
+    def begin(self, *args: Any) -> None:
+        self.count += 1
+        if self.count == self.last:
+            self.at_begin()
+
+    def kill_in_the_last(self) -> None:
+        if self.count == self.last:
+            _kill()
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _training() -> Any:
+    from megatron.training import training
+
+    return training
+
+
+def _serialization() -> Any:
+    from megatron.core.dist_checkpointing import serialization
+
+    return serialization
+
+
+def _ours(name: str) -> Any:
+    from sso_megatron.mcore import checkpoint_folder, checkpoint_manifest
+
+    return {"folder": checkpoint_folder, "manifest": checkpoint_manifest}[name]
+
+
+Hook = Callable[..., None]
+
+
+def _around(owner: Any, name: str, before: Hook | None = None, after: Hook | None = None) -> None:
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(*args)
+        result = original(*args, **kwargs)
+        if after is not None:
+            after(*args)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def _between_renames(kill: Hook) -> None:
+    folder = _ours("folder")
+
+    def if_old_is_away(source: Path, target: Path) -> None:
+        if folder.old_of(target).exists():
+            kill()
+
+    _around(folder.os, "rename", before=if_old_is_away)
+
+
+def _around_tracker(
+    before: Hook | None = None, inside: Hook | None = None, after: Hook | None = None
+) -> None:
+    folder = _ours("folder")
+    original = folder.replacing
+
+    @contextlib.contextmanager
+    def replacing(path: Path) -> Iterator[Any]:
+        if before is not None:
+            before()
+        with original(path) as file:
+            yield file
+            if inside is not None:
+                inside()
+        if after is not None:
+            after()
+
+    folder.replacing = replacing
+
+
+_KILLS: dict[str, Callable[[Hook], None]] = {
+    "before metadata.json": lambda kill: _around(_serialization(), "save_config", before=kill),
+    "after metadata.json": lambda kill: _around(_serialization(), "save_config", after=kill),
+    "before manifest": lambda kill: _around(_ours("manifest"), "_write", before=kill),
+    "after manifest": lambda kill: _around(_ours("manifest"), "_write", after=kill),
+    "before publish": lambda kill: _around(_ours("folder"), "publish", before=kill),
+    "between renames": _between_renames,
+    "before tracker": lambda kill: _around_tracker(before=kill),
+    "in tracker": lambda kill: _around_tracker(inside=kill),
+    "after tracker": lambda kill: _around_tracker(after=kill),
+}

@@ -1,0 +1,34 @@
+"""State of the torch optimizers: saved, loaded and gone on with to the last bit."""
+
+import pytest
+import torch
+from test_sso_torch import Twin, random_values
+
+from sso_megatron import SSO, MuonSphere
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+KINDS = {
+    "sso": lambda p: SSO(p, lr=0.05),
+    "bisection": lambda p: SSO(p, lr=0.05, solver="bisection"),
+    "muon_sphere": lambda p: MuonSphere(p, lr=0.05),
+    "from_weights": lambda p: SSO(p, lr=0.05, radius_mode="from_weights", radius_scaler=1.3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_equals_an_uninterrupted_one(kind, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Through a file, after three of six steps."""
+    twin = Twin(*random_values(*DTYPES))
+    straight, before, after = twin.params(), twin.params(), twin.params()
+    twin.train(straight, [KINDS[kind](straight)], range(6))
+    first = KINDS[kind](before)
+    twin.train(before, [first], range(3))
+    torch.save((first.state_dict(), before), tmp_path / "state.pt")
+    state, weights = torch.load(tmp_path / "state.pt", weights_only=False)
+    for param, weight in zip(after, weights, strict=True):
+        param.data.copy_(weight)
+    second = KINDS[kind](after)
+    second.load_state_dict(state)
+    twin.train(after, [second], range(3, 6))
+    for a, b in zip(straight, after, strict=True):
+        assert torch.equal(a, b)
