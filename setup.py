@@ -45,6 +45,7 @@ setup(
         "emerging-optimizers==0.3.0",
         "matplotlib>=3.8,<4",
         "rich>=13.7,<16",
+        "safetensors>=0.4.3,<1",
     ],
     # NVIDIA's fused-kernel library that Megatron can use is built from source. The package of
     # the same name on PyPI is unrelated: it must never appear in these lists.

@@ -118,16 +118,18 @@ def check_make(words: list[str]) -> None:
 
 def check_sso_megatron(words: list[str]) -> None:
     """Run ``data``; words that name a file which only an example has are parsed alone."""
-    from sso_megatron.cli import data
+    from sso_megatron.cli import data, export
     from sso_megatron.cli.main import main
 
     if words[0] == "first-run":
         first_run_flags(words[1:])
         return
     parser = argparse.ArgumentParser(exit_on_error=False)
-    data.add_parser(parser.add_subparsers())
+    subparsers = parser.add_subparsers()
+    data.add_parser(subparsers)
+    export.add_parser(subparsers)
     options = parser.parse_args(words)
-    if options.tokenizer == "byte":
+    if getattr(options, "tokenizer", None) == "byte":
         assert main(words) == 0
         assert Path(f"{options.output}.json").is_file()
 

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from sso_megatron.cli import data, first_run
+from sso_megatron.cli import data, export, first_run
 from sso_megatron.version import __version__
 
 
@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     first_run.add_parser(subparsers)
     data.add_parser(subparsers)
+    export.add_parser(subparsers)
     options = parser.parse_args(argv)
     try:
         return int(options.run(options))

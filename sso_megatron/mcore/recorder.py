@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sso_megatron.linalg.power_iteration import power_iteration, start_basis
+from sso_megatron.linalg.spectral_norm import spectral_norm
 from sso_megatron.mcore import compat
 from sso_megatron.mcore.registration import spectral_parts
 from sso_megatron.optimizers.sso import SSO
@@ -218,15 +218,8 @@ def max_radius_error(optimizers: Iterable[SSO]) -> float | None:
     Collectives: those of ``SSO.retracted``.
     """
     errors = [
-        abs(_spectral_norm(matrix) - radius) / radius
+        abs(spectral_norm(matrix) - radius) / radius
         for optimizer in optimizers
         for _, matrix, radius in optimizer.retracted()
     ]
     return max(errors, default=None)
-
-
-def _spectral_norm(matrix: torch.Tensor) -> float:
-    if min(matrix.shape) <= 1024:
-        return torch.linalg.svdvals(matrix.double())[0].item()
-    W = matrix.unsqueeze(0)
-    return power_iteration(W, start_basis(W, 32), degree=10, num_passes=10).sigma.item()

@@ -1,0 +1,274 @@
+"""A checkpoint of any parallel layout as one whole model in this process.
+
+Megatron's own loader puts it together. Weights are read in float32. Where the run was trained in bfloat16
+with its optimizer saved, the float32 master weights are read in place of their bfloat16 copies: the
+optimizer steps on the masters, and the copies are already rounded. Without its state the model's weights
+are read as they are stored.
+"""
+
+import argparse
+import copy
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sso_megatron.mcore import cpu
+from sso_megatron.mcore.arguments import configs_from
+from sso_megatron.mcore.checkpoint_folder import TRACKER, is_complete, iteration_folder
+from sso_megatron.mcore.registration import OPTIMIZERS
+from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
+
+_MASTERS = "optimizer.state.fp32_param"
+
+# What says which matrices there are and how large their spheres: never taken from our defaults.
+_DECISIVE = (
+    *("optimizer", "sso_radius_mode", "sso_radius_scaler"),
+    *("spectral_qkv_split", "spectral_mlp_split", "spectral_exclude", "spectral_tp_mode"),
+)
+
+# Arguments of a run that go back to Megatron's defaults, which describe one rank and no side effects.
+# None of them changes which weights there are: nothing is computed with the model.
+_SPREAD = (
+    *("tensor_model_parallel_size", "tensor_parallel_num_weight_shards", "gtp_weight_remat_size"),
+    *("expert_tensor_parallel_num_weight_shards", "expert_gtp_weight_remat_size"),
+    *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+    *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+    *("pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers"),
+    *("decoder_last_pipeline_num_layers", "account_for_embedding_in_pipeline_split"),
+    *("account_for_loss_in_pipeline_split", "context_parallel_size", "cp_comm_type"),
+    *("hierarchical_context_parallel_sizes", "hybrid_context_parallel", "expert_model_parallel_size"),
+    *("sequence_parallel", "num_distributed_optimizer_instances", "use_distributed_optimizer"),
+    *("use_layer_wise_distributed_optimizer", "use_tp_pp_dp_mapping", "use_torch_fsdp2"),
+    *("use_megatron_fsdp", "nccl_communicator_config_path", "use_sharp", "high_priority_stream_groups"),
+)
+_COMPUTING = (
+    *("fp16", "bf16", "fp8", "fp4", "fp8_param_gather", "fp4_param_gather", "fp32_residual_connection"),
+    *("layernorm_zero_centered_gamma", "apply_layernorm_1p", "cuda_graph_impl", "enable_cuda_graph"),
+    *("external_cuda_graph", "optimizer_cuda_graph", "optimizer_cpu_offload", "cpu_offloading_num_layers"),
+    *("fine_grained_activation_offloading", "use_precision_aware_optimizer", "recompute_granularity"),
+    *("recompute_method", "recompute_num_layers", "ddp_average_in_collective"),
+    *("moe_shared_expert_overlap", "overlap_moe_expert_parallel_comm", "delay_wgrad_compute"),
+    *("tp_comm_overlap", "gradient_accumulation_fusion", "init_model_with_meta_device"),
+    *("moe_router_padding_for_fp8", "moe_router_padding_for_quantization", "fp8_output_proj"),
+    *("first_last_layers_bf16", "activation_func_fp8_input_store"),
+)
+_LOADING = (
+    *("async_save", "use_persistent_ckpt_worker", "pretrained_checkpoint", "non_persistent_ckpt_type"),
+    *("non_persistent_global_ckpt_dir", "ckpt_fully_parallel_load", "ckpt_assume_constant_structure"),
+    *("dist_ckpt_strictness", "override_ckpt_iteration", "exit_on_missing_checkpoint"),
+    *("flight_recorder_dump_path", "config_logger_dir", "lazy_mpu_init"),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A torch_dist checkpoint of a run that held its weights on spheres.
+
+    Attributes:
+        folder: that of one iteration.
+        iteration: of the training.
+        args: Megatron's validated arguments of the run.
+        sso: settings of its optimizer.
+        shared: settings that all spectral optimizers share.
+        common: what else was stored beside the tensors.
+    """
+
+    folder: Path
+    iteration: int
+    args: argparse.Namespace
+    sso: SSOConfig
+    shared: SpectralConfig
+    common: dict[str, Any]
+
+
+def find_checkpoint(root: Path, step: int | None = None) -> Path:
+    """The folder of one iteration; reads no tensors.
+
+    Args:
+        root: what ``--save`` named.
+        step: the iteration; None for the last one.
+
+    Raises:
+        ValueError: no such checkpoint, or one that is not of the torch_dist format.
+    """
+    tracker = root / TRACKER
+    steps = sorted(int(path.name[5:]) for path in root.glob("iter_*") if path.name[5:].isdigit())
+    if step is None:
+        if not tracker.is_file():
+            choose = f"choose one of its iterations, {_listed(steps)}, with --ckpt-step"
+            way_out = choose if steps else "name what --save named"
+            raise ValueError(f"{root} must be a folder of checkpoints with {TRACKER}; {way_out}")
+        last = tracker.read_text().strip()
+        name = "release" if last == "release" else f"iter_{last:0>7}"
+    elif step in steps:
+        name = iteration_folder(root, step).name
+    else:
+        raise ValueError(f"iteration {step} must be one that {root} holds: {_listed(steps)}")
+    folder = root / name
+    if is_complete(folder):
+        return folder
+    if not folder.is_dir():
+        raise ValueError(f"{folder}, which {tracker} names, does not exist; it holds {_listed(steps)}")
+    if any(folder.glob("mp_rank_*")):
+        raise ValueError(
+            f"{folder} is of the format torch and must be torch_dist, which alone is the same for every "
+            "layout; convert it in its own layout with Megatron's --ckpt-convert-format torch_dist "
+            "--ckpt-convert-save DIR"
+        )
+    raise ValueError(
+        f"{folder} is no complete checkpoint; choose another of {_listed(steps)} with --ckpt-step"
+    )
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Arguments and settings of a checkpoint; ``mcore.enter`` must have been called. No collective.
+
+    Raises:
+        ValueError: it was not trained on spheres, or on spheres that depend on its layout.
+    """
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    common = load_common_state_dict(str(folder))
+    stored = common.get("args")
+    if stored is None:
+        raise ValueError(
+            f"{folder} holds no arguments of its run; it must be one that Megatron's loop saved"
+        )
+    if stored.optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"{folder} was trained with --optimizer {stored.optimizer}: only {' and '.join(OPTIMIZERS)} "
+            "hold weights on spheres, so there is nothing to retract; use it as it is"
+        )
+    missing = [name for name in _DECISIVE if not hasattr(stored, name)]
+    if missing:
+        raise ValueError(
+            f"{folder} does not say its {', '.join(missing)}: another version of sso_megatron saved it, "
+            "export it with that"
+        )
+    defaults = vars(_default_arguments())
+    args = argparse.Namespace(**{**defaults, **vars(stored)})
+    sso, shared = configs_from(args)
+    ranks = max(stored.tensor_model_parallel_size, stored.expert_tensor_parallel_size or 1)
+    if shared.tp_mode == "blockwise" and ranks > 1:
+        raise ValueError(
+            f"--spectral-tp-mode blockwise over {ranks} ranks in {folder}: its spheres are those of "
+            "shards, not of whole matrices; use it as it is"
+        )
+    return Checkpoint(folder, int(common.get("iteration", 0)), args, sso, shared, common)
+
+
+def _default_arguments() -> argparse.Namespace:
+    """What Megatron makes of an empty command line."""
+    from megatron.training import arguments
+
+    given, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        return arguments.parse_args()
+    finally:
+        sys.argv = given
+
+
+def load_model(checkpoint: Checkpoint) -> list[Any]:
+    """The checkpoint's model, whole and in float32, on this process alone.
+
+    It makes the process group of one rank that Megatron needs, in this process, with neither a port nor
+    an environment variable.
+
+    Raises:
+        ValueError: this machine cannot build such a model.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import global_vars
+    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.initialize import initialize_megatron
+
+    args = _for_one_rank(checkpoint)
+    if cpu.cuda_is_missing():
+        cpu.adapt_arguments(args)
+    global_vars.set_args(args)
+    initialize_megatron(store=torch.distributed.HashStore())
+    config = (hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args)(args)
+    chunks: list[Any] = config.get_builder_cls()(config).build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    load_checkpoint(chunks, None, None)
+    for chunk in chunks:
+        _load_masters(chunk, checkpoint)
+    return chunks
+
+
+def _for_one_rank(checkpoint: Checkpoint) -> argparse.Namespace:
+    """Arguments that describe the same model on one rank.
+
+    They were validated when the run began, and what validation derives from the layout is set here: it
+    would refuse some of its own results.
+    """
+    args, defaults = copy.copy(checkpoint.args), _default_arguments()
+    for name in (*_SPREAD, *_COMPUTING, *_LOADING):
+        if hasattr(defaults, name):  # the set of flags differs between Megatron's versions
+            setattr(args, name, getattr(defaults, name))
+    one_rank = {
+        **{"rank": 0, "local_rank": 0, "world_size": 1, "data_parallel_size": 1},
+        **{"tensor_parallel_num_weight_shards": 1, "gtp_weight_remat_size": 1},
+        **{"expert_gtp_weight_remat_size": 1, "expert_tensor_parallel_size": 1},
+        **{"transformer_pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": None},
+        "params_dtype": torch.float32,
+        "moe_token_dispatcher_type": "alltoall",  # allows every other setting of the experts
+        "perform_initialization": False,  # every weight is loaded
+        **{"load": str(checkpoint.folder.parent), "ckpt_step": _step(checkpoint.folder)},
+        **{"finetune": True, "no_load_optim": True, "no_load_rng": True, "ckpt_format": "torch_dist"},
+    }
+    for name, value in one_rank.items():
+        setattr(args, name, value)
+    if args.hybrid_layer_pattern:  # without the borders of pipeline stages
+        args.hybrid_layer_pattern = args.hybrid_layer_pattern.replace("|", "")
+    return args
+
+
+def _step(folder: Path) -> int | None:
+    number = re.fullmatch(r"iter_(\d+)", folder.name)
+    return int(number[1]) if number else None
+
+
+def sharding_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How the checkpoint names its tensors."""
+    from megatron.core import mpu
+    from megatron.core.dist_checkpointing import load_content_metadata
+
+    stored = load_content_metadata(preloaded_state_dict=checkpoint.common) or {}
+    return {**stored, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _load_masters(chunk: Any, checkpoint: Checkpoint) -> None:
+    """Put float32 master weights in the place of the rounded ones, where the checkpoint has them."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+
+    stored = stored_keys(checkpoint.folder)
+    weights = chunk.sharded_state_dict(metadata=sharding_metadata(checkpoint))
+    masters = {
+        name: make_sharded_optimizer_tensor(weight, weight.data, prefix=_MASTERS)
+        for name, weight in weights.items()
+        if isinstance(weight, ShardedTensor | ShardedTensorFactory) and f"{_MASTERS}.{weight.key}" in stored
+    }
+    if masters:
+        loaded = dist_checkpointing.load({"masters": masters}, str(checkpoint.folder))
+        unknown = chunk.load_state_dict(loaded["masters"], strict=False).unexpected_keys
+        assert not unknown, unknown
+
+
+def stored_keys(folder: Path) -> set[str]:
+    """Keys of everything in a checkpoint."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
