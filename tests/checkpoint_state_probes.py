@@ -85,9 +85,10 @@ def contents(folder: Path) -> dict[str, Any]:
 def poison() -> None:
     """Spoil one element of the last rank's gradient at the third step, and save all before and after it.
 
-    ``POISON`` says how: ``nan`` or ``inf``, of the first ``matrix`` or ``norm`` that the rank has.
+    ``POISON`` says how: ``nan`` or ``inf``, of the first parameter with this word in its name; ``late``:
+    when gradients have been reduced already, on this rank alone.
     """
-    value, where = os.environ["POISON"].split()
+    value, where, *late = os.environ["POISON"].split()
     is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
 
     def start(model: Any, optimizer: Any) -> None:
@@ -103,6 +104,8 @@ def poison() -> None:
         def watched() -> Any:
             if state["iteration"] == 3:
                 save("before", everything(model, optimizer))
+                if is_last and late:
+                    param.main_grad.view(-1)[0] = float(value)
             result = step()
             if state["iteration"] == 3:
                 save("after", everything(model, optimizer))
@@ -111,8 +114,9 @@ def poison() -> None:
             return result
 
         optimizer.step = watched
-        if is_last:
-            layers = (p for c in model for n, p in c.named_parameters() if "layers" in n)
-            next(p for p in layers if (p.ndim > 1) == (where == "matrix")).register_hook(spoil)
+        named = (item for chunk in model for item in chunk.named_parameters())
+        param = next(p for name, p in named if "layers" in name and where in name)
+        if is_last and not late:
+            param.register_hook(spoil)
 
     around_train(start, None)

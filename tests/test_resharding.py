@@ -150,9 +150,10 @@ def test_experts(megatron, who, exclude) -> None:  # type: ignore[no-untyped-def
     assert_same_losses(third, straight, 14, 1e-4)
 
 
-def test_experts_one_by_one_and_grouped(megatron) -> None:  # type: ignore[no-untyped-def]
-    saved = Saved(megatron, Layout(2, flags=(*EP2,)), [*MOE])
-    run = leg(megatron, Layout(1, flags=("--moe-grouped-gemm",)), saved.base, 20, saved.first, save=False)
+@pytest.mark.parametrize(("before", "after"), [([], ["--moe-grouped-gemm"]), (["--moe-grouped-gemm"], [])])
+def test_experts_one_by_one_and_grouped(megatron, before, after) -> None:  # type: ignore[no-untyped-def]
+    saved = Saved(megatron, Layout(2, flags=(*EP2, *before)), [*MOE])
+    run = leg(megatron, Layout(1, flags=(*after,)), saved.base, 20, saved.first, save=False)
     assert_same_contents(run, saved.first, 10)
     assert_same_losses(run, saved.straight, 10, 1e-4)
 

@@ -5,6 +5,8 @@ import torch
 from conftest import MOE, Megatron, Run, tiny
 
 SHARDED = ["--use-distributed-optimizer"]
+PP2 = ["--pipeline-model-parallel-size", 2]
+VIRTUAL = ["--num-layers-per-virtual-pipeline-stage", 1]
 EP2 = ["--expert-model-parallel-size", 2]
 WATCH = ("probes:weights", "checkpoint_state_probes:loaded")
 SAVE = ["--save", "ckpt", "--save-interval", 10, "--exit-interval", 10]
@@ -43,12 +45,19 @@ CASES = {
     "bf16-tp2": (2, tiny("--bf16", tp=2)),
     "from-weights-pp2": (2, tiny("--sso-radius-mode", "from_weights", "--pipeline-model-parallel-size", 2)),
     "format-torch": (2, tiny("--ckpt-format", "torch", tp=2)),
+    "tp2-distributed": (2, tiny("--spectral-tp-mode", "distributed", tp=2)),
+    "tp2-blockwise": (2, tiny("--spectral-tp-mode", "blockwise", tp=2)),
+    "virtual-stages": (2, [*tiny(*PP2, "--num-layers", 4, *VIRTUAL), "--micro-batch-size", "1"]),
+    "tied": (2, [flag for flag in tiny(*PP2) if flag != "--untie-embeddings-and-output-weights"]),
     "one-writer": (2, tiny("--no-ckpt-fully-parallel-save", *SHARDED)),
 }
 
 
-@pytest.mark.parametrize("optimizer", ["sso", "muon_sphere"])
-@pytest.mark.parametrize("case", CASES)
+OPTIMIZERS = [(case, "sso") for case in CASES]
+OPTIMIZERS += [(case, "muon_sphere") for case in ("dense", "dense-dp2", "moe-ep2", "moe-ep2-dp2")]
+
+
+@pytest.mark.parametrize(("case", "optimizer"), OPTIMIZERS)
 def test_bit_for_bit(megatron, case, optimizer) -> None:  # type: ignore[no-untyped-def]
     ranks, argv = CASES[case]
     argv = [*argv, "--train-iters", "20", "--optimizer", optimizer]

@@ -21,8 +21,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("what", ["nan matrix", "inf norm"])
+CASES = [(layout, what) for layout in LAYOUTS for what in ("nan linear_proj", "inf norm")]
+# A copy that the gradient norm of the last rank leaves out, in the sharded optimizer of the matrices.
+CASES.append(("moe-tp2-sharded", "nan router late"))
+LAYOUTS["moe-tp2-sharded"] = (2, tiny(*MOE, "--sequence-parallel", *SHARDED, tp=2))
+
+
+@pytest.mark.parametrize(("layout", "what"), CASES)
 def test_skipped(megatron, layout, what) -> None:  # type: ignore[no-untyped-def]
     ranks, argv = LAYOUTS[layout]
     argv = [*argv, "--no-check-for-nan-in-loss-and-grad", "--train-iters", "6"]

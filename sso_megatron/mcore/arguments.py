@@ -141,11 +141,20 @@ def _check_sharding(args: argparse.Namespace) -> None:
             f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} {using}: "
             "matrices are sharded over all data-parallel ranks; use 1"
         )
-    if args.use_distributed_optimizer and args.save is not None and args.ckpt_format == "torch":
+    saves = args.save is not None and not args.no_save_optim
+    loads = args.load is not None and not (args.no_load_optim or args.finetune)
+    if args.use_distributed_optimizer and args.ckpt_format == "torch" and (args.save is not None or loads):
         raise ValueError(
-            f"--ckpt-format torch with --use-distributed-optimizer {using}: Megatron saves its optimizer "
-            "in that format in any case; use --ckpt-format torch_dist"
+            f"--ckpt-format torch with --use-distributed-optimizer {using}: Megatron keeps its optimizer's "
+            "state in files of single ranks then; use --ckpt-format torch_dist"
         )
+    for name in ("mla_down_proj_fusion", "moe_single_grouped_weight"):
+        if getattr(args, name, False) and (saves or loads):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {using}: Megatron stores that weight in pieces, and the "
+                "optimizer's state cannot be stored so yet; leave it out, or keep the model alone with "
+                "--no-save-optim and --no-load-optim"
+            )
 
 
 # Settings that nothing looks at unless another one has this value.

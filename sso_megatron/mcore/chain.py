@@ -38,8 +38,8 @@ from sso_megatron.optimizers.batches import MatrixBatch, Member
 
 Replica = int | tuple[int, ...]
 
-# Marks our form of the state, with its version.
-_FORM = "sso_megatron"
+# Marks our form of the state.
+_FORM, _VERSION = "sso_megatron", 1
 
 
 class SpectralChain(ChainedOptimizer):
@@ -68,7 +68,8 @@ class SpectralChain(ChainedOptimizer):
         """Step every part, or none."""
         if not math.isfinite(self._grad_norm):
             if dist.get_rank() == 0:
-                print(f"sso_megatron: gradient norm {self._grad_norm}: this step is skipped", flush=True)
+                norm = float(self._grad_norm)
+                print(f"sso_megatron: gradient norm {norm}: this step is skipped", flush=True)
             return False
         return self._step_parts()
 
@@ -95,7 +96,7 @@ class SpectralChain(ChainedOptimizer):
         }
         if is_loading:  # what is not sharded comes from the checkpoint
             return sharded
-        return sharded | {_FORM: 1, "step": _largest(step_of(part.inner) for part in parts)}
+        return sharded | {_FORM: _VERSION, "step": _largest(step_of(part.inner) for part in parts)}
 
     def load_state_dict(self, state_dict: Any) -> None:
         """Take over a checkpoint's state.
@@ -109,6 +110,11 @@ class SpectralChain(ChainedOptimizer):
         if _FORM not in state_dict:
             super().load_state_dict(state_dict)
             return
+        if state_dict[_FORM] != _VERSION:
+            raise ValueError(
+                f"the optimizer's state has form {state_dict[_FORM]}, and this version reads {_VERSION}; "
+                "load it with the version that saved it, or start the optimizer anew with --no-load-optim"
+            )
         index, parts = itertools.count(), list(parts_of(self))
         for part in parts:
             part.write_(

@@ -22,8 +22,9 @@ _SIZES = (
 )
 """Arguments of Megatron's that shapes and names of weights follow from."""
 
-_ASSERTED = ("num_layers", "hidden_size", "num_attention_heads")
-"""Those that Megatron's ``check_checkpoint_args`` compares itself, once all is loaded."""
+_ASSERTED = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
+"""Those that must agree even where all shapes do. Megatron compares the first three itself, once all is
+loaded; of another vocabulary it loads what overlaps."""
 
 
 def stored_contents(folder: Path) -> Mapping[str, Any]:
@@ -117,8 +118,9 @@ def wrong_contents(
         return f"{folder} does not hold {_some(missing)}; {_what_to_do(missing, saved, args)}"
     if args.finetune or _is_hybrid(saved) != _is_hybrid(args):
         return None
-    changed = [name for name in _changed(saved, args) if name in _ASSERTED]
-    if changed or not _may_have_one_vocabulary(saved, args):
+    if any(
+        None not in (getattr(saved, n), getattr(args, n)) for n in _changed(saved, args) if n in _ASSERTED
+    ):
         return f"{folder} does not fit: {_what_to_do([], saved, args)}"
     return None
 
@@ -146,9 +148,6 @@ def _some(entries: list[str]) -> str:
 def _what_to_do(keys: list[str], saved: Any, args: Namespace) -> str:
     changed = _changed(saved, args)
     then, now = ([_flag(n, getattr(source, n)) for n in changed] for source in (saved, args))
-    if "vocab_size" not in changed and not _may_have_one_vocabulary(saved, args):
-        then.append(f"{saved.padded_vocab_size} padded tokens")
-        now.append(f"{args.padded_vocab_size}")
     if then:
         way_out = "give what it was saved with, or another --load"
         return f"it was saved with {' '.join(then)}, and this run has {' '.join(now)}; {way_out}"
@@ -176,19 +175,3 @@ def _is_hybrid(args: Any) -> bool:
     return bool(
         getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
     )
-
-
-def _may_have_one_vocabulary(saved: Any, args: Namespace) -> bool:
-    """Whether two padded vocabularies can come from one; Megatron takes any, and loads what overlaps.
-
-    The padding follows the tensor-parallel size, so that the padded sizes may well differ.
-    """
-    ranges = []
-    for source in (saved, args):
-        padded = getattr(source, "padded_vocab_size", None)
-        if padded is None:
-            return True
-        multiple = source.make_vocab_size_divisible_by * source.tensor_model_parallel_size
-        ranges.append((padded - multiple, padded))  # above the first, up to the second
-    (low, high), (other_low, other_high) = ranges
-    return low < other_high and other_low < high

@@ -86,8 +86,8 @@ def complete_iterations(root: Path, counts: Callable[[Path], bool] = is_complete
 # ---------------------------------------------------------------- saving
 
 
-def start_partial(folder: Path, sweep: bool) -> Path:
-    """An empty folder to write the checkpoint ``folder`` into.
+def start_partial(folder: Path, sweep: bool) -> None:
+    """Make an empty folder to write the checkpoint ``folder`` into: ``partial_of(folder)``.
 
     Args:
         folder: what it will be.
@@ -99,7 +99,6 @@ def start_partial(folder: Path, sweep: bool) -> Path:
     if fresh.exists():
         shutil.rmtree(fresh)
     fresh.mkdir(parents=True)
-    return fresh
 
 
 def _sweep(root: Path) -> None:
@@ -107,8 +106,8 @@ def _sweep(root: Path) -> None:
     for left in root.glob(f"{_PARTIAL}*"):
         shutil.rmtree(left)
     for left in root.glob(f"{_OLD}*"):
-        if is_complete(root / left.name.removeprefix(_OLD)):
-            shutil.rmtree(left)
+        if is_usable(root / left.name.removeprefix(_OLD)):
+            _remove(left)
 
 
 def publish(folder: Path) -> None:
@@ -117,16 +116,24 @@ def publish(folder: Path) -> None:
     At every moment there is a complete checkpoint of the iteration if there was one before.
     """
     old = old_of(folder)
-    if is_complete(folder):
+    if is_usable(folder):
         if old.exists():  # a run ended before it had removed it
-            shutil.rmtree(old)
+            _remove(old)
         os.rename(folder, old)
     elif folder.exists():  # Megatron makes it, empty
-        shutil.rmtree(folder)
+        _remove(folder)
     os.rename(partial_of(folder), folder)
     sync_folder(folder.parent)
     if old.exists():
-        shutil.rmtree(old)
+        _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or the link by which somebody has put it elsewhere."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
@@ -189,8 +196,8 @@ def find_damage(root: Path) -> Damage | None:
     Raises:
         FolderError: the tracker is of no use, and no complete checkpoint is there.
     """
-    names = [p.name.removeprefix(_OLD) for p in root.glob(f"{_OLD}*") if is_complete(p)]
-    taken_away = tuple(root / name for name in sorted(names) if not is_complete(root / name))
+    names = [p.name.removeprefix(_OLD) for p in root.glob(f"{_OLD}*") if is_usable(p)]
+    taken_away = tuple(root / name for name in sorted(names) if not is_usable(root / name))
     found = [
         f"{p} was about to be replaced when a run ended; the old one is back in its place"
         for p in taken_away
@@ -231,7 +238,7 @@ def mend(root: Path, damage: Damage) -> None:
     """Do what ``find_damage`` found; a run that is killed in here leaves what it finds again."""
     for folder in damage.taken_away:
         if folder.exists():  # not complete
-            shutil.rmtree(folder)
+            _remove(folder)
         os.rename(old_of(folder), folder)
     if damage.iteration is not None:
         with replacing(root / TRACKER) as file:

@@ -30,11 +30,13 @@ class _Loading:
         optimizer: that gets the state; None also while only arguments are read.
         verified: checkpoints whose files have been hashed.
         saved: the arguments that checkpoints were saved with.
+        roots: where checkpoints are looked for; after the first, non-persistent ones.
     """
 
     optimizer: Any = None
     verified: set[Path] = field(default_factory=set)
     saved: dict[Path, Any] = field(default_factory=dict)
+    roots: list[Path] = field(default_factory=list)
 
 
 _loading = _Loading()
@@ -99,6 +101,7 @@ def _from_mended_folder(original: Callable[..., Any]) -> Callable[..., Any]:
         """Collectives, beside Megatron's: those of ``checkpoint_repair.prepare``."""
         if load_dir is None or uses_object_store():
             return original(load_dir, args, *rest, **kwargs)
+        _loading.roots = checkpoint_repair.roots(Path(load_dir), args)
         if args.ckpt_format in checkpoint_repair.FORMATS:
             checkpoint_repair.prepare(Path(load_dir), args)
         return _unless_it_exits(lambda: original(load_dir, args, *rest, **kwargs), Path(load_dir), args)
@@ -201,6 +204,8 @@ def _check_files(folder: Path) -> None:
 
 def _way_out(folder: Path) -> str:
     """What helps against a damaged checkpoint."""
+    if folder.parent in _loading.roots[1:]:  # Megatron takes a non-persistent one if it is the newest
+        return "remove it to load the last persistent checkpoint"
     iteration = int(folder.name.removeprefix("iter_")) if folder.name != "release" else 0
     others = checkpoint_folder.complete_iterations(folder.parent, checkpoint_folder.is_usable)
     others = [i for i in others if i != iteration]
@@ -216,7 +221,8 @@ def _naming_the_file(folder: Path) -> Iterator[None]:
     try:
         yield
     except ERRORS as error:  # torch raises anything on bytes that it cannot read
-        damage = checkpoint_manifest.find_damage(folder)
+        # What was verified is not at fault, and every rank is here: none of them reads it all again.
+        damage = checkpoint_manifest.find_damage(folder, reads=False)
         text = damage or f"{folder} cannot be read ({cause_of(error)})"
         problem = CheckpointError(f"{text}; {_way_out(folder)}")
     else:

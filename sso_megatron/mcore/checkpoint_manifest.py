@@ -7,6 +7,7 @@ says that a checkpoint is complete, and all ranks share the hashing.
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,18 @@ def write(folder: Path) -> None:
     already; left are ``metadata.json``, the manifest and the names. Without this, a power failure could
     leave the rename that follows and not what was renamed.
 
-    Collectives: a broadcast and a gather of objects over the world.
+    Collectives: a gather of objects over the world, and a broadcast of one.
 
     Raises:
-        OSError: on every rank, if one could not read its share.
+        OSError: on every rank, if one could not read its share, or the first could not write.
     """
-    names: list[list[str]] = [[]]
-    if dist.get_rank() == 0:
-        names[0] = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
-    dist.broadcast_object_list(names, src=0)
     size = dist.get_world_size()
-    mine = [name for name in names[0] if _writer(name, size) == dist.get_rank()]
     hashes: dict[str, str] = {}
     error = None
     try:
+        # Each rank asks for its own files: a network's file system may not show them to the others yet.
+        names = (p.name for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
+        mine = [name for name in names if _writer(name, size) == dist.get_rank()]
         hashes = {name: _hash(folder / name) for name in mine}
     except OSError as failure:  # raised below, on all ranks: the others would wait for this one
         error = str(failure)
@@ -47,8 +46,27 @@ def write(folder: Path) -> None:
     errors = [failure for _, failure in parts if failure is not None]
     if errors:
         raise OSError(f"cannot hash {folder}: {errors[0]}")
+    together = {name: digest for part, _ in parts for name, digest in part.items()}
+    on_first_rank(lambda: _write(folder, together))
+
+
+def on_first_rank(write: Callable[[], None]) -> None:
+    """Have rank 0 do something to the disk while the others wait.
+
+    Collectives: a broadcast of an object over the world.
+
+    Raises:
+        OSError: on every rank, where rank 0 met one.
+    """
+    error: list[str | None] = [None]
     if dist.get_rank() == 0:
-        _write(folder, {name: digest for part, _ in parts for name, digest in part.items()})
+        try:
+            write()
+        except OSError as failure:
+            error[0] = str(failure)
+    dist.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise OSError(error[0])
 
 
 def _writer(name: str, size: int) -> int:

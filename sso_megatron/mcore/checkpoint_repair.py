@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,16 @@ def prepare(load_dir: Path, args: Any) -> None:
         load_dir: the folder to load from.
         args: Megatron's arguments, perhaps not validated yet.
     """
-    for root in _roots(load_dir, args):
+    for root in roots(load_dir, args):
         mend(root)
     check_together(lambda: _wrong_step(load_dir, args))
 
 
-def _roots(load_dir: Path, args: Any) -> Iterator[Path]:
-    yield load_dir
-    if args.non_persistent_ckpt_type == "global":
-        yield Path(args.non_persistent_global_ckpt_dir or load_dir / "non_persistent")
+def roots(load_dir: Path, args: Any) -> list[Path]:
+    """Where a load may look for checkpoints: ``load_dir``, then the folder of non-persistent ones."""
+    if args.non_persistent_ckpt_type != "global":
+        return [load_dir]
+    return [load_dir, Path(args.non_persistent_global_ckpt_dir or load_dir / "non_persistent")]
 
 
 def mend(root: Path) -> None:
@@ -88,6 +88,13 @@ def _wrong_step(root: Path, args: Any) -> str | None:
     """Whether ``--ckpt-step`` names what cannot be loaded; another one is never taken instead."""
     if not args.ckpt_step:
         return None
+    for other in roots(root, args)[1:]:  # Megatron takes the newest of these unless it is older
+        newest = max(checkpoint_folder.complete_iterations(other), default=-1)
+        if newest >= args.ckpt_step:
+            return (
+                f"--ckpt-step {args.ckpt_step}: Megatron would take the non-persistent checkpoint of "
+                f"iteration {newest} instead; leave out --non-persistent-ckpt-type"
+            )
     folder = checkpoint_folder.iteration_folder(root, args.ckpt_step)
     if checkpoint_folder.is_usable(folder):
         return None

@@ -4,13 +4,13 @@ They serve every optimizer. Left alone are folders in object stores (``--enable-
 renamed, and formats other than torch_dist, whose tracker alone is replaced.
 """
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from sso_megatron.mcore import checkpoint_folder, checkpoint_manifest, compat
+from sso_megatron.mcore.leaving import check_together
 
 
 def install() -> None:
@@ -47,19 +47,18 @@ def _into_partial_folder(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         """Save as Megatron does, so that the folder is there only when it is complete.
 
-        Collectives, beside Megatron's: a barrier before, and those of ``_finish``; in an asynchronous
-        save the latter when it is finalised.
+        Collectives, beside Megatron's: a broadcast and a gather of objects before, and those of
+        ``_finish``; in an asynchronous save the latter when it is finalised.
         """
         folder = Path(checkpoint_dir)
         if uses_object_store() or not checkpoint_folder.is_checkpoint_name(folder.name):
             return original(
                 sharded_state_dict, checkpoint_dir, *args, verify_integrity=verify_integrity, **kwargs
             )
-        if dist.get_rank() == 0:
-            checkpoint_folder.start_partial(folder, sweep=folder.parent not in _swept)
+        sweep, partial = folder.parent not in _swept, checkpoint_folder.partial_of(folder)
+        checkpoint_manifest.on_first_rank(lambda: checkpoint_folder.start_partial(folder, sweep))
         _swept.add(folder.parent)
-        dist.barrier()
-        partial = checkpoint_folder.partial_of(folder)
+        check_together(lambda: None if partial.is_dir() else _not_shared(folder))
         # Without verify_integrity: the manifest is written anyway, and by all ranks.
         request = original(sharded_state_dict, str(partial), *args, **kwargs)
         if request is None:
@@ -74,12 +73,17 @@ def _into_partial_folder(original: Callable[..., Any]) -> Callable[..., Any]:
 def _finish(folder: Path) -> None:
     """Write the manifest of a partial folder and make it the checkpoint.
 
-    Collectives: those of ``checkpoint_manifest.write`` and a barrier, after which the folder is there.
+    Collectives: those of ``checkpoint_manifest.write`` and a broadcast, after which the folder is there.
     """
     checkpoint_manifest.write(checkpoint_folder.partial_of(folder))
-    if dist.get_rank() == 0:
-        checkpoint_folder.publish(folder)
-    dist.barrier()
+    checkpoint_manifest.on_first_rank(lambda: checkpoint_folder.publish(folder))
+
+
+def _not_shared(folder: Path) -> str:
+    return (
+        f"--save {folder.parent} is not the same folder on {socket.gethostname()} as on the first rank's "
+        "node; name one on a file system that all nodes share"
+    )
 
 
 def _with_tracker_replaced(original: Callable[..., Any]) -> Callable[..., Any]:

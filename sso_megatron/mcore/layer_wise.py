@@ -58,6 +58,12 @@ class SpectralLayerWiseOptimizer(LayerWiseDistributedOptimizer):
             part.grad_stats_parallel_group = grad_stats_parallel_group
             part.tp_group, part.expert_tp_group = pg_collection.tp, pg_collection.expt_tp
 
+    def get_grads_for_grad_norm(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        """What the wrapped optimizer counts; the base would go past it to its parameters."""
+        return [
+            g for part in self.chained_optimizers for g in part.get_grads_for_grad_norm(*args, **kwargs)
+        ]
+
     def shard_params(self, optimizers: list[Any], full_param_layouts: Any = None) -> None:
         """Take the matrices of other ranks out of the parameter groups. No collective."""
         self.dp_cp_params_list = self.expt_dp_params_list = None  # the base's, for its own gather

@@ -58,7 +58,7 @@ class Part(Protocol):
 
 
 def leaves(optimizers: Iterable[Any]) -> Iterator[Any]:
-    """Megatron's optimizers below chains of them that have a parameter on some rank."""
+    """Megatron's optimizers below chains of them; without those of a model that is frozen altogether."""
     for optimizer in optimizers:
         if isinstance(optimizer, ChainedOptimizer):
             yield from leaves(optimizer.chained_optimizers)
@@ -92,11 +92,9 @@ def _counts_by_parameter(inner: torch.optim.Optimizer) -> bool:
 
 def step_of(inner: torch.optim.Optimizer) -> int:
     """Steps that AdamW has taken, by which it corrects its bias; 0 of an optimizer that does not count."""
-    counters = itertools.chain(
-        (state["step"] for state in inner.state.values() if "step" in state),
-        (group["step"] for group in inner.param_groups if "step" in group),
-    )
-    return int(next(counters, 0))
+    by_parameter = next((state["step"] for state in inner.state.values() if "step" in state), 0)
+    # FusedAdam counts by group, and an empty one not at all.
+    return max(int(by_parameter), *(int(group.get("step", 0)) for group in inner.param_groups), 0)
 
 
 def set_step(inner: torch.optim.Optimizer, step: int) -> None:

@@ -61,7 +61,7 @@ class SpectralCache:
         lam: ``(b,)`` where the next search for the root starts.
         slope: ``(b,)`` slope of ``h`` at the root.
         radius: ``(b,)`` spectral norm R that weights are retracted to.
-        is_cold: no step has used it yet, so that the search may take more trials.
+        is_cold: no search has set lam and slope yet, so that the first may take more trials.
     """
 
     basis: Tensor
@@ -190,7 +190,6 @@ def sso_step_(
     if rule.tangent == "solve":
         root = _solve(line, top, norm > 0, cache, rule)
         lam, num_trials, trial = root.lam, root.num_trials, (root.value, root.extra)
-    cache.is_cold = False
     h, Phi = line.accept(lam, trial)
     if rule.tangent != "none":
         # <Theta, Phi> = h exactly, so this puts Phi on the tangent space whatever the search left.
@@ -221,6 +220,7 @@ def _solve(line: PolarLine, top: TopSingular, moves: Tensor, cache: SpectralCach
         tolerance=rule.tolerance,
         num_trials=max(_COLD_TRIALS, rule.num_trials) if cache.is_cold else rule.num_trials,
     )
+    cache.is_cold = False
     cache.lam = torch.where(moves, found.next_lam, cache.lam)
     cache.slope = torch.where(moves, found.slope, cache.slope)
     return found.root
