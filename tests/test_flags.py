@@ -166,7 +166,7 @@ ERRORS = [
     ),
     (
         ["--use-distributed-optimizer", "--save", "ckpt", "--no-save-optim", "--ckpt-format", "torch"],
-        "--ckpt-format torch with --use-distributed-optimizer with --optimizer sso: Megatron saves its",
+        "--ckpt-format torch with --use-distributed-optimizer with --optimizer sso: Megatron keeps its",
     ),
     (["--use-precision-aware-optimizer"], "--use-precision-aware-optimizer with --optimizer sso"),
     (["--fp8-param-gather"], "--fp8-param-gather with --optimizer sso: matrices are gathered in the"),

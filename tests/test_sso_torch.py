@@ -362,7 +362,7 @@ def test_muon_sphere_is_sso_without_tangent() -> None:
         ),
         (
             {"radius_mode": "rms"},
-            "radius_mode='rms' must be one of spectral_mup, identity; the default",
+            "radius_mode='rms' must be one of spectral_mup, identity, from_weights; the default",
         ),
         (
             {"scale_mode": "x"},
