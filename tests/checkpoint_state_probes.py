@@ -1,5 +1,6 @@
 """Functions that a rank runs beside training, to look at everything that a checkpoint must keep."""
 
+import functools
 import io
 import itertools
 import os
@@ -40,7 +41,17 @@ def _inner(optimizer: Any) -> list[Any]:
 
 
 def state() -> None:
-    """Save all of it as it is before training and after it."""
+    """Save all of it as it is before training, at each of Megatron's saves and after training."""
+    from megatron.training import training
+
+    original = training.save_checkpoint
+
+    @functools.wraps(original)
+    def save_checkpoint(iteration: int, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        save(f"at{iteration}-", everything(model, optimizer))
+        return original(iteration, model, optimizer, *args, **kwargs)
+
+    training.save_checkpoint = save_checkpoint
     around_train(
         lambda model, optimizer: save("loaded", everything(model, optimizer)),
         lambda model, optimizer: save("state", everything(model, optimizer)),

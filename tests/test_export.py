@@ -25,19 +25,23 @@ SAVING = ["--spectral-mup-init", "--lr", 0.05, "--lr-decay-style", "constant", "
 SAVING += ["--save", "checkpoint", "--save-interval", 2]
 
 
-def export(*flags: object) -> str:
-    """Export in a process of its own, as users do; what it prints."""
+def export(megatron: Megatron, *flags: object, fails: bool = False) -> Run:
+    """Export in a rank, where Megatron is imported already."""
+    return megatron.run(["export", *map(str, flags)], fails=fails, main="test_export:export_command")
+
+
+def export_command() -> None:
+    sys.exit(cli.main())
+
+
+def export_as_users_do(*flags: object) -> str:
+    """Export in a process of its own; what it prints."""
     command = [sys.executable, "-m", "sso_megatron.cli.main", "export", *map(str, flags)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stderr == ""
     return ended.stdout
-
-
-def export_command() -> None:
-    """The same in a rank, for the many runs that stop with an error."""
-    sys.exit(cli.main())
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -94,7 +98,7 @@ def dense(megatron: Megatron) -> Run:
 @pytest.fixture(scope="module")
 def exported(dense: Run) -> Path:
     """The dense run as a safetensors file."""
-    said = export("--load", dense.folder / "checkpoint", "--out", dense.folder / "exported")
+    said = export_as_users_do("--load", dense.folder / "checkpoint", "--out", dense.folder / "exported")
     assert re.fullmatch(
         r"\S+/exported: iteration 4, 24 matrices on their spheres in float32, which were off by up to "
         r"\S+ \(relative\)\n",
@@ -153,7 +157,7 @@ def test_experts_of_a_bfloat16_run_come_from_master_weights(megatron: Megatron) 
     """Expert parallelism, grouped experts, bfloat16: its copies are 1e-3 off the masters."""
     flags = [*MOE, "--expert-model-parallel-size", 2, "--moe-grouped-gemm", "--bf16"]
     run = megatron.train(tiny(*SAVING, *flags), 2, ("probes:weights",))
-    export("--load", run.folder / "checkpoint", "--out", run.folder / "exported")
+    export(megatron, "--load", run.folder / "checkpoint", "--out", run.folder / "exported")
     trained = {expert_by_itself(name): weight for name, weight in run.merged("final").items()}
     assert sum("local_experts" in name for name in trained) == 4 * 3
     assert_retracted(tensors(run.folder / "exported"), trained, 1e-3)
@@ -162,7 +166,7 @@ def test_experts_of_a_bfloat16_run_come_from_master_weights(megatron: Megatron) 
 def test_hybrid_stack_of_two_stages(megatron: Megatron) -> None:
     flags = ["--hybrid-layer-pattern", "*-|*-", "--pipeline-model-parallel-size", 2]
     run = megatron.train(tiny(*SAVING, *flags, "--train-iters", 2), 2, ("probes:weights",))
-    export("--load", run.folder / "checkpoint", "--out", run.folder / "exported")
+    export(megatron, "--load", run.folder / "checkpoint", "--out", run.folder / "exported")
     assert_retracted(tensors(run.folder / "exported"), run.merged("final"), 1e-3)
 
 
@@ -174,7 +178,9 @@ def test_settings_are_those_of_the_run(megatron: Megatron) -> None:
         tiny(*SAVING, *flags, "--train-iters", 2, tp=2, optimizer="muon_sphere"), 2, ("probes:weights",)
     )
     out = run.folder / "exported"
-    export("--load", run.folder / "checkpoint", "--out", out, "--ckpt-step", 2, "--dtype", "bfloat16")
+    export(
+        megatron, "--load", run.folder / "checkpoint", "--out", out, "--ckpt-step", 2, "--dtype", "bfloat16"
+    )
     found, trained = tensors(out), run.merged("final")
     errors = []
     for name, weight in trained.items():
@@ -212,7 +218,7 @@ def retract_before_training() -> None:
 
 def test_megatron_loads_its_own_format_in_every_layout(megatron: Megatron, dense: Run) -> None:
     out = dense.folder / "megatron"
-    export("--load", dense.folder / "checkpoint", "--out", out, "--to", "megatron")
+    export(megatron, "--load", dense.folder / "checkpoint", "--out", out, "--to", "megatron")
     assert (out / "latest_checkpointed_iteration.txt").read_text() == "4"
     assert not [name for name in stored(out / "iter_0000004") if name.startswith("optimizer")]
     one = ["--train-iters", 1, "--lr", 1e-9, "--min-lr", 0, "--lr-warmup-iters", 0]
@@ -235,9 +241,9 @@ def test_megatron_loads_its_own_format_in_every_layout(megatron: Megatron, dense
     assert run.summary["iterations"] == 5 and len(run.losses) == 1
 
 
-def test_exporting_an_export_changes_nothing(dense: Run, exported: Path) -> None:
+def test_exporting_an_export_changes_nothing(megatron: Megatron, dense: Run, exported: Path) -> None:
     again = dense.folder / "again"
-    export("--load", dense.folder / "megatron", "--out", again)
+    export(megatron, "--load", dense.folder / "megatron", "--out", again)
     found = tensors(again)
     for name, weight in tensors(exported).items():
         torch.testing.assert_close(found[name], weight, rtol=2e-7, atol=0)
@@ -251,8 +257,9 @@ def test_other_optimizers_and_spheres_of_shards_are_refused(megatron: Megatron) 
         (adam, "was trained with --optimizer adam: only sso and muon_sphere hold weights on spheres"),
         (blockwise, "--spectral-tp-mode blockwise over 2 ranks in"),
     ):
-        argv = ["export", "--load", str(run.folder / "checkpoint"), "--out", str(run.folder / "out")]
-        ended = megatron.run(argv, fails=True, main="test_export:export_command")
+        ended = export(
+            megatron, "--load", run.folder / "checkpoint", "--out", run.folder / "out", fails=True
+        )
         assert ended.codes == [2]
         (line,) = [line for line in ended.log.splitlines() if "error:" in line]
         assert line.startswith("sso-megatron export: error: ") and message in line
@@ -321,7 +328,7 @@ def test_radii_of_the_first_weights(megatron: Megatron) -> None:
     experts = [*MOE, "--moe-grouped-gemm", "--expert-model-parallel-size", 2]
     saving = [flag for flag in SAVING if flag != "--spectral-mup-init"]
     run = megatron.train(tiny(*saving, *flags, *experts, "--train-iters", 2), 2, ("probes:weights",))
-    export("--load", run.folder / "checkpoint", "--out", run.folder / "exported")
+    export(megatron, "--load", run.folder / "checkpoint", "--out", run.folder / "exported")
     found, initial = tensors(run.folder / "exported"), run.merged("initial")
     for name, (_, radius) in run.merged("retracted").items():
         assert norm(found[expert_by_itself(name)]) == pytest.approx(radius, rel=1e-6)

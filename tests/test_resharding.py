@@ -1,5 +1,7 @@
 """Checkpoints loaded in another layout: the same state, and the same run from there on."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -25,17 +27,20 @@ class Layout:
         return tiny(*base, *self.flags, tp=self.tp)
 
 
+def straight(megatron: Megatron, layout: Layout, base: list[object], save_at: int = 10) -> Run:
+    """20 iterations in one go, with a checkpoint on the way."""
+    save = ("--save", "ckpt", "--save-interval", save_at)
+    return megatron.train([*layout.argv([*base, "--train-iters", 20]), *map(str, save)], layout.ranks)
+
+
 def leg(
-    megatron: Megatron, layout: Layout, base: list[object], stop: int, start: Run | None, save: bool
+    megatron: Megatron, layout: Layout, base: list[object], start: Run, at: int = 10, stop: int = 20
 ) -> Run:
-    """Train from ``start``'s checkpoint to iteration ``stop``, and save the checkpoint as loaded."""
-    argv = [*layout.argv([*base, "--train-iters", 20]), "--spectral-run-dir", "."]
-    if start is not None:
-        argv += ["--load", str(start.folder / "ckpt")]
-    if save:
+    """Train from ``start``'s checkpoint ``at`` an iteration, saved again as loaded, to one at ``stop``."""
+    argv = layout.argv([*base, "--train-iters", 20, "--load", start.folder / "ckpt", "--ckpt-step", at])
+    if stop < 20:
         argv += ["--save", "ckpt", "--save-interval", str(stop), "--exit-interval", str(stop)]
-    calls = () if start is None else ("checkpoint_state_probes:saved_again",)
-    return megatron.run(argv, layout.ranks, calls)
+    return megatron.train(argv, layout.ranks, ("checkpoint_state_probes:saved_again",))
 
 
 def assert_same_contents(run: Run, start: Run, iteration: int) -> None:
@@ -60,18 +65,25 @@ def assert_same_losses(run: Run, straight: Run, start: int, tolerance: float) ->
     assert worst <= tolerance
 
 
-class Saved:
-    """A run in one go and its first half with a checkpoint, made when first asked for."""
-
-    def __init__(self, megatron: Megatron, layout: Layout, base: list[object]) -> None:
-        self.base = base
-        self.straight = leg(megatron, layout, base, 20, None, save=False)
-        self.first = leg(megatron, layout, base, 10, None, save=True)
+def go_on(
+    megatron: Megatron,
+    layout: Layout,
+    base: list[object],
+    start: Run,
+    at: int = 10,
+    stop: int = 20,
+    tolerance: float = 1e-4,
+) -> Run:
+    """``start`` from a checkpoint on in another layout: loaded by value, and the same losses."""
+    run = leg(megatron, layout, base, start, at, stop)
+    assert_same_contents(run, start, at)
+    assert_same_losses(run, start, at, tolerance)
+    return run
 
 
 @pytest.fixture(scope="module")
-def tp2_pp2(megatron: Megatron) -> Saved:
-    return Saved(megatron, Layout(4, tp=2, flags=(*PP2,)), [])
+def tp2_pp2(megatron: Megatron) -> Run:
+    return straight(megatron, Layout(4, tp=2, flags=(*PP2,)), [])
 
 
 TARGETS = {
@@ -87,87 +99,63 @@ TARGETS = {
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_dense(megatron, tp2_pp2, target) -> None:  # type: ignore[no-untyped-def]
-    run = leg(megatron, TARGETS[target], tp2_pp2.base, 20, tp2_pp2.first, save=False)
-    assert_same_contents(run, tp2_pp2.first, 10)
-    assert_same_losses(run, tp2_pp2.straight, 10, 1e-4)
+    go_on(megatron, TARGETS[target], [], tp2_pp2)
 
 
-@pytest.mark.parametrize("optimizer", ["muon_sphere"])
-def test_another_optimizer(megatron, optimizer) -> None:  # type: ignore[no-untyped-def]
-    saved = Saved(megatron, Layout(2, flags=(*SHARDED,)), ["--optimizer", optimizer])
-    run = leg(megatron, Layout(2, tp=2), saved.base, 20, saved.first, save=False)
-    assert_same_contents(run, saved.first, 10)
-    assert_same_losses(run, saved.straight, 10, 1e-4)
+def test_another_optimizer(megatron) -> None:  # type: ignore[no-untyped-def]
+    base = ["--optimizer", "muon_sphere"]
+    start = straight(megatron, Layout(2, flags=(*SHARDED,)), base)
+    go_on(megatron, Layout(2, tp=2), base, start)
 
 
 def test_masters_of_bfloat16(megatron) -> None:  # type: ignore[no-untyped-def]
     """Sharded and not: float32 masters and moments by value, losses as bfloat16 allows."""
-    saved = Saved(megatron, Layout(2, flags=(*SHARDED,)), ["--bf16"])
-    run = leg(megatron, Layout(2, tp=2), saved.base, 20, saved.first, save=False)
-    assert_same_contents(run, saved.first, 10)
-    assert_same_losses(run, saved.straight, 10, 4e-3)
+    start = straight(megatron, Layout(2, flags=(*SHARDED,)), ["--bf16"])
+    go_on(megatron, Layout(2, tp=2), ["--bf16"], start, tolerance=4e-3)
 
 
 def test_singular_vectors_of_the_other_side_are_found_again(megatron) -> None:  # type: ignore[no-untyped-def]
     """Cut columns keep left singular vectors, whole square matrices right ones."""
-    saved = Saved(megatron, Layout(2, tp=2, flags=("--spectral-tp-mode", "distributed")), [])
-    run = leg(megatron, Layout(1), saved.base, 20, saved.first, save=False)
-    assert_same_contents(run, saved.first, 10)
-    assert_same_losses(run, saved.straight, 10, 1e-4)
+    distributed = Layout(2, tp=2, flags=("--spectral-tp-mode", "distributed"))
+    start = straight(megatron, distributed, [])
+    run = go_on(megatron, Layout(1), [], start)
     assert run.log.count("they are found again from the weights") == 1
-    back = leg(
-        megatron,
-        Layout(2, tp=2, flags=("--spectral-tp-mode", "distributed")),
-        saved.base,
-        20,
-        saved.first,
-        save=False,
-    )
+    back = leg(megatron, distributed, [], start, stop=11)
     assert "they are found again from the weights" not in back.log
 
 
-EXPERTS = {
-    "plain": ([], []),
-    "sharded": (SHARDED, SHARDED),
-    "sharded-and-back": (SHARDED, []),
-}
+EXPERTS = {"plain": ([], []), "sharded": (SHARDED, SHARDED), "sharded-and-back": (SHARDED, [])}
+
+
+@pytest.fixture(scope="module")
+def of_experts(megatron: Megatron) -> Callable[..., Run]:
+    """A function that makes the straight run with these flags over EP 2, once."""
+    return functools.cache(
+        lambda *flags: straight(megatron, Layout(2, flags=(*EP2, *flags)), list(MOE), save_at=8)
+    )
 
 
 @pytest.mark.parametrize("who", EXPERTS)
 @pytest.mark.parametrize("exclude", [[], ["--spectral-exclude", "local_experts"]], ids=["sso", "adamw"])
-def test_experts(megatron, who, exclude) -> None:  # type: ignore[no-untyped-def]
+def test_experts(megatron, of_experts, who, exclude) -> None:  # type: ignore[no-untyped-def]
     """EP 2, EP 1, EP 2; experts under SSO, and under AdamW, whose groups know of expert parallelism."""
     at_ep2, at_ep1 = EXPERTS[who]
-    base = [*MOE, *exclude]
-    wide = Layout(2, flags=(*EP2, *at_ep2))
-    straight = leg(megatron, wide, base, 20, None, save=False)
-    first = leg(megatron, wide, base, 8, None, save=True)
-    second = leg(megatron, Layout(1, flags=(*at_ep1,)), base, 14, first, save=True)
-    third = leg(megatron, wide, base, 20, second, save=False)
-    assert_same_contents(second, first, 8)
+    base, wide = [*MOE, *exclude], Layout(2, flags=(*EP2, *at_ep2))
+    first = of_experts(*at_ep2, *exclude)
+    second = go_on(megatron, Layout(1, flags=(*at_ep1,)), base, first, at=8, stop=14)
+    third = leg(megatron, wide, base, second, at=14)
     assert_same_contents(third, second, 14)
-    assert_same_losses(second, straight, 8, 1e-4)
-    assert_same_losses(third, straight, 14, 1e-4)
+    assert_same_losses(third, first, 14, 1e-4)
 
 
 @pytest.mark.parametrize(("before", "after"), [([], ["--moe-grouped-gemm"]), (["--moe-grouped-gemm"], [])])
-def test_experts_one_by_one_and_grouped(megatron, before, after) -> None:  # type: ignore[no-untyped-def]
-    saved = Saved(megatron, Layout(2, flags=(*EP2, *before)), [*MOE])
-    run = leg(megatron, Layout(1, flags=(*after,)), saved.base, 20, saved.first, save=False)
-    assert_same_contents(run, saved.first, 10)
-    assert_same_losses(run, saved.straight, 10, 1e-4)
+def test_experts_one_by_one_and_grouped(megatron, of_experts, before, after) -> None:  # type: ignore[no-untyped-def]
+    go_on(megatron, Layout(1, flags=(*after,)), [*MOE], of_experts(*before), at=8)
 
 
 def test_expert_tensor_parallelism(megatron) -> None:  # type: ignore[no-untyped-def]
-    saved = Saved(
-        megatron,
-        Layout(4, tp=2, flags=(*EP2, "--expert-tensor-parallel-size", 2, "--sequence-parallel", *SMALL)),
-        [*MOE],
-    )
-    for target in (
-        Layout(2, tp=2, flags=("--expert-tensor-parallel-size", 1, "--sequence-parallel", *SHARDED)),
-        Layout(1),
-    ):
-        run = leg(megatron, target, saved.base, 20, saved.first, save=False)
-        assert_same_contents(run, saved.first, 10)
-        assert_same_losses(run, saved.straight, 10, 1e-4)
+    flags = (*EP2, "--expert-tensor-parallel-size", 2, "--sequence-parallel", *SMALL)
+    start = straight(megatron, Layout(4, tp=2, flags=flags), [*MOE])
+    flags = ("--expert-tensor-parallel-size", 1, "--sequence-parallel", *SHARDED)
+    for target in (Layout(2, tp=2, flags=flags), Layout(1)):
+        go_on(megatron, target, [*MOE], start)

@@ -1,5 +1,8 @@
 """Checkpoints of real Megatron runs: gone on with to the last bit in the same layout."""
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import MOE, Megatron, Run, tiny
@@ -8,18 +11,6 @@ SHARDED = ["--use-distributed-optimizer"]
 PP2 = ["--pipeline-model-parallel-size", 2]
 VIRTUAL = ["--num-layers-per-virtual-pipeline-stage", 1]
 EP2 = ["--expert-model-parallel-size", 2]
-WATCH = ("probes:weights", "checkpoint_state_probes:loaded")
-SAVE = ["--save", "ckpt", "--save-interval", 10, "--exit-interval", 10]
-
-
-def resumed(megatron: Megatron, argv: list[str], ranks: int) -> tuple[Run, Run, Run]:
-    """20 iterations in one go, the first 10 with a checkpoint, and the others from it."""
-    argv = [*argv, "--spectral-run-dir", "."]
-    calls = ("checkpoint_state_probes:state",)
-    straight = megatron.run(argv, ranks, calls)
-    first = megatron.run([*argv, *map(str, SAVE)], ranks, calls)
-    second = megatron.run([*argv, "--load", str(first.folder / "ckpt")], ranks, calls)
-    return straight, first, second
 
 
 def assert_equal(found: object, wanted: object, where: str = "") -> None:
@@ -57,15 +48,40 @@ OPTIMIZERS = [(case, "sso") for case in CASES]
 OPTIMIZERS += [(case, "muon_sphere") for case in ("dense", "dense-dp2", "moe-ep2", "moe-ep2-dp2")]
 
 
+@pytest.fixture(scope="module")
+def train(megatron: Megatron) -> Callable[..., Run]:
+    """A function that trains a case up to iteration 20 with further flags, once for the same ones."""
+
+    @functools.cache
+    def run(case: str, optimizer: str, *flags: object) -> Run:
+        ranks, argv = CASES[case]
+        argv = [*argv, "--train-iters", "20", "--optimizer", optimizer, *map(str, flags)]
+        return megatron.train(argv, ranks, ("checkpoint_state_probes:state",))
+
+    return run
+
+
+SAVE = ("--save", "ckpt", "--save-interval", 10)
+
+
 @pytest.mark.parametrize(("case", "optimizer"), OPTIMIZERS)
-def test_bit_for_bit(megatron, case, optimizer) -> None:  # type: ignore[no-untyped-def]
-    ranks, argv = CASES[case]
-    argv = [*argv, "--train-iters", "20", "--optimizer", optimizer]
-    straight, first, second = resumed(megatron, argv, ranks)
-    assert first.losses + second.losses == straight.losses
-    for found, wanted in zip(second.saved("loaded"), first.saved("state"), strict=True):
+def test_bit_for_bit(train: Callable[..., Run], case: str, optimizer: str) -> None:
+    """A run that saves on its way, and the half after that again from its checkpoint."""
+    straight = train(case, optimizer, *SAVE)
+    second = train(case, optimizer, "--load", straight.folder / "ckpt", "--ckpt-step", 10)
+    assert second.losses == straight.losses[10:]
+    for found, wanted in zip(second.saved("loaded"), straight.saved("at10-"), strict=True):
         assert_equal(found, wanted)
     for found, wanted in zip(second.saved("state"), straight.saved("state"), strict=True):
         assert wanted["spectral"] and any("momentum_buffer" in name for name in wanted["held"])
         assert_equal(found, wanted)
     assert "found again from the weights" not in second.log
+
+
+@pytest.mark.parametrize("case", ["tp2", "dense-dp2"])
+def test_saving_changes_nothing(train: Callable[..., Run], case: str) -> None:
+    """A run that saves on its way is one that does not, whole parameters and sharded ones."""
+    saving, plain = train(case, "sso", *SAVE), train(case, "sso")
+    assert saving.losses == plain.losses
+    for found, wanted in zip(saving.saved("state"), plain.saved("state"), strict=True):
+        assert_equal(found, wanted)

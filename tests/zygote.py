@@ -5,8 +5,10 @@ standard input, each answer one on standard output. Ranks are processes of their
 rendezvous over Gloo, exactly as torchrun would start them.
 """
 
+import argparse
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -16,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -86,18 +89,60 @@ def fork_checkpoint_writers() -> None:
     filesystem_async.get_write_results_queue = make_queue
 
 
+def read_help_texts_once() -> None:
+    """Megatron parses its own sources for the flags' help texts, most of what a rank's start costs."""
+    from megatron.training import arguments
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    read = ArgumentGroupFactory._get_field_docstrings
+    texts = functools.cache(lambda config: read(object.__new__(ArgumentGroupFactory), config))
+    ArgumentGroupFactory._get_field_docstrings = lambda self, config: texts(config)
+    arguments.add_megatron_arguments(argparse.ArgumentParser())
+
+
+def shuffle_mock_data_once() -> None:
+    """Megatron shuffles six million samples of it in every rank, and in most runs the same ones."""
+    from megatron.core.datasets import gpt_dataset
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+
+    shuffle, known = gpt_dataset._build_shuffle_index, {}
+
+    def shuffled(first: int, size: int, state: Any) -> Any:
+        key = (first, size, state.get_state()[1].tobytes())
+        if key not in known:
+            known[key] = shuffle(first, size, state)
+        return known[key]
+
+    gpt_dataset._build_shuffle_index = shuffled
+    config = gpt_dataset.GPTDatasetConfig(
+        random_seed=1234,
+        sequence_length=32,
+        split="969, 30, 1",
+        tokenizer=SimpleNamespace(vocab_size=128, eod=127, unique_identifiers={}),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+    )
+    builder = BlendedMegatronDatasetBuilder(gpt_dataset.MockGPTDataset, [1, 1, 1], lambda: True, config)
+    builder.build()
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print must not be taken for an answer
     from sso_megatron.mcore import enter
 
     enter()
-    for name in ("training", "training.models", "training.argument_utils", "core.datasets.gpt_dataset"):
+    for name in ("training", "training.models", "training.argument_utils", "core.models.mimo"):
         importlib.import_module(f"megatron.{name}")
-    importlib.import_module("megatron.core.tokenizers.text")  # else every rank imports transformers
-    for name in ("sso_megatron.mcore.recorder", "sso_megatron.cli.pretrain_gpt", "probes"):
-        importlib.import_module(name)
+    importlib.import_module("megatron.core.tokenizers.text.models")  # else transformers in every rank
+    for name in ("mcore.recorder", "mcore.chain", "mcore.layer_wise", "cli.pretrain_gpt"):
+        importlib.import_module(f"sso_megatron.{name}")
+    importlib.import_module("probes")
     fork_checkpoint_writers()
+    read_help_texts_once()
+    shuffle_mock_data_once()
+    gc.freeze()  # else collections in a rank go through, and so copy, all that was imported
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line))), file=answers, flush=True)

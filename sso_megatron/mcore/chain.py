@@ -25,6 +25,7 @@ from torch import Tensor
 from sso_megatron.mcore.compat import OPTIONAL_STATE
 from sso_megatron.mcore.names import expert_by_itself
 from sso_megatron.mcore.optimizer_parts import (
+    STATE,
     ParameterState,
     Part,
     WholePart,
@@ -221,7 +222,7 @@ def _sharded_tensors(state: ParameterState, entries: dict[int, Any]) -> dict[str
     sharded = {}
     for name, tensor in state.tensors.items():
         changes: dict[str, Any] = {
-            "key": f"optimizer.state.{name}.{entry.key}",
+            "key": f"{STATE}.{name}.{entry.key}",
             "data": tensor,
             "replica_id": _among_replicas(entry.replica_id, state.replica),
         }

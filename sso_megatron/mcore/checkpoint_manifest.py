@@ -7,13 +7,13 @@ says that a checkpoint is complete, and all ranks share the hashing.
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from sso_megatron.mcore.checkpoint_folder import MANIFEST, sync_file, sync_folder
+from sso_megatron.mcore.leaving import on_first_rank
 
 _ALGORITHM = "sha256"
 """The one that Megatron 0.19 knows (``validation._HASH_ALGORITHM``)."""
@@ -48,25 +48,6 @@ def write(folder: Path) -> None:
         raise OSError(f"cannot hash {folder}: {errors[0]}")
     together = {name: digest for part, _ in parts for name, digest in part.items()}
     on_first_rank(lambda: _write(folder, together))
-
-
-def on_first_rank(write: Callable[[], None]) -> None:
-    """Have rank 0 do something to the disk while the others wait.
-
-    Collectives: a broadcast of an object over the world.
-
-    Raises:
-        OSError: on every rank, where rank 0 met one.
-    """
-    error: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            write()
-        except OSError as failure:
-            error[0] = str(failure)
-    dist.broadcast_object_list(error, src=0)
-    if error[0] is not None:
-        raise OSError(error[0])
 
 
 def _writer(name: str, size: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sso_megatron.mcore import checkpoint_folder, checkpoint_manifest, compat
-from sso_megatron.mcore.leaving import check_together
+from sso_megatron.mcore.leaving import check_together, on_first_rank
 
 
 def install() -> None:
@@ -56,7 +56,7 @@ def _into_partial_folder(original: Callable[..., Any]) -> Callable[..., Any]:
                 sharded_state_dict, checkpoint_dir, *args, verify_integrity=verify_integrity, **kwargs
             )
         sweep, partial = folder.parent not in _swept, checkpoint_folder.partial_of(folder)
-        checkpoint_manifest.on_first_rank(lambda: checkpoint_folder.start_partial(folder, sweep))
+        on_first_rank(lambda: checkpoint_folder.start_partial(folder, sweep))
         _swept.add(folder.parent)
         check_together(lambda: None if partial.is_dir() else _not_shared(folder))
         # Without verify_integrity: the manifest is written anyway, and by all ranks.
@@ -76,7 +76,7 @@ def _finish(folder: Path) -> None:
     Collectives: those of ``checkpoint_manifest.write`` and a broadcast, after which the folder is there.
     """
     checkpoint_manifest.write(checkpoint_folder.partial_of(folder))
-    checkpoint_manifest.on_first_rank(lambda: checkpoint_folder.publish(folder))
+    on_first_rank(lambda: checkpoint_folder.publish(folder))
 
 
 def _not_shared(folder: Path) -> str:

@@ -20,11 +20,12 @@ from torch import Tensor
 from sso_megatron.linalg.spectral_norm import spectral_norm
 from sso_megatron.matrices.layout import Split
 from sso_megatron.matrices.scaling import target_radius
+from sso_megatron.mcore.checkpoint_check import stored_contents
 from sso_megatron.mcore.checkpoint_folder import TRACKER, iteration_folder
 from sso_megatron.mcore.compat import OPTIONAL_STATE
 from sso_megatron.mcore.names import expert_by_itself, global_names
 from sso_megatron.mcore.registration import prepare_model
-from sso_megatron.mcore.whole_model import Checkpoint, sharding_metadata, stored_keys
+from sso_megatron.mcore.whole_model import Checkpoint, sharding_metadata
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def stored_radii(folder: Path) -> dict[str, float]:
     """Radii that the optimizer keeps in a checkpoint, by the name of the logical matrix."""
     from torch.distributed.checkpoint import FileSystemReader, load
 
-    keys = sorted(key for key in stored_keys(folder) if key.startswith(OPTIONAL_STATE))
+    keys = sorted(key for key in stored_contents(folder) if key.startswith(OPTIONAL_STATE))
     objects: dict[str, Any] = {key: io.BytesIO() for key in keys}
     if objects:
         load(objects, storage_reader=FileSystemReader(folder), no_dist=True)

@@ -61,6 +61,25 @@ def check_together(check: Callable[[], str | None]) -> None:
         arguments.fail(_one_line(found[0]))
 
 
+def on_first_rank(write: Callable[[], None]) -> None:
+    """Have rank 0 do something to the disk while the others wait.
+
+    Collectives: a broadcast of an object over the world.
+
+    Raises:
+        OSError: on every rank, where rank 0 met one.
+    """
+    error: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            write()
+        except OSError as failure:
+            error[0] = str(failure)
+    dist.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise OSError(error[0])
+
+
 @contextlib.contextmanager
 def leaving_together(describe: Callable[[BaseException], str]) -> Iterator[None]:
     """Run a block that all ranks run; an exception on one of them ends them all within seconds.

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from sso_megatron.optimizers.base import SpectralOptimizer
 
+STATE = "optimizer.state"
+"""Where a checkpoint keeps tensors of a parameter's shape: ``<this>.<what>.<Megatron's key>``."""
+
 MASTER = "fp32_param"
 """Megatron's name of the float32 copy of a parameter."""
 

@@ -18,11 +18,10 @@ import torch
 
 from sso_megatron.mcore import cpu
 from sso_megatron.mcore.arguments import configs_from
+from sso_megatron.mcore.checkpoint_check import stored_contents
 from sso_megatron.mcore.checkpoint_folder import TRACKER, is_complete, iteration_folder
 from sso_megatron.mcore.registration import OPTIMIZERS
 from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
-
-_MASTERS = "optimizer.state.fp32_param"
 
 # What says which matrices there are and how large their spheres: never taken from our defaults.
 _DECISIVE = (
@@ -254,21 +253,16 @@ def _load_masters(chunk: Any, checkpoint: Checkpoint) -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
-    stored = stored_keys(checkpoint.folder)
+    from sso_megatron.mcore.optimizer_parts import MASTER, STATE
+
+    prefix, stored = f"{STATE}.{MASTER}", stored_contents(checkpoint.folder)
     weights = chunk.sharded_state_dict(metadata=sharding_metadata(checkpoint))
     masters = {
-        name: make_sharded_optimizer_tensor(weight, weight.data, prefix=_MASTERS)
+        name: make_sharded_optimizer_tensor(weight, weight.data, prefix=prefix)
         for name, weight in weights.items()
-        if isinstance(weight, ShardedTensor | ShardedTensorFactory) and f"{_MASTERS}.{weight.key}" in stored
+        if isinstance(weight, ShardedTensor | ShardedTensorFactory) and f"{prefix}.{weight.key}" in stored
     }
     if masters:
         loaded = dist_checkpointing.load({"masters": masters}, str(checkpoint.folder))
         unknown = chunk.load_state_dict(loaded["masters"], strict=False).unexpected_keys
         assert not unknown, unknown
-
-
-def stored_keys(folder: Path) -> set[str]:
-    """Keys of everything in a checkpoint."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
