@@ -56,8 +56,8 @@ lint: $(STAMP) ## ruff, mypy, the import contracts, shellcheck, no paths of a ho
 	esac; \
 	exit $$status
 
-bench: ## not in this version
-	@echo 'make bench: this version has no benchmark; it comes with a later one.' >&2; exit 1
+bench: $(STAMP) ## measure optimizer steps beside AdamW and Muon; ARGS are passed on
+	@$(VENV)/bin/sso-megatron bench --json runs/bench.json $(ARGS)
 
 clean: ## remove caches and build outputs, keep .venv
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -334,9 +334,3 @@ def test_failed_install_leaves_no_stamp(tmp_path: Path) -> None:
     assert failed.returncode != 0
     assert not (tmp_path / ".venv" / ".installed").exists()
     assert make(tmp_path, "pretrain").returncode == 0
-
-
-def test_bench_says_that_it_is_for_later(tmp_path: Path) -> None:
-    result = make(tmp_path, "bench")
-    assert result.returncode != 0
-    assert "later" in result.stderr
