@@ -12,6 +12,7 @@ from probes import Collectives, save
 from sso_megatron import SSO
 from sso_megatron.matrices.layout import ParameterLayout, Split
 from sso_megatron.optimizers.config import SpectralConfig
+from sso_megatron.optimizers.schedule import make_schedule
 
 
 def shard_of(whole: torch.Tensor, dim: int | None, rows: list[int] | None) -> torch.Tensor:
@@ -45,7 +46,8 @@ def train() -> None:
 
     Saves every whole matrix, momentum and radius; the modes of the batches; and the collectives of
     every step. The argument: ``matrices`` (name to ``[m, n, dim, rows by rank]``), ``mode``,
-    ``steps``, ``gradients`` (``noise`` or ``decaying``), ``settings``, ``without_gradient`` (names).
+    ``steps``, ``gradients`` (``noise`` or ``decaying``), ``settings``, ``without_gradient`` (names),
+    ``lrs`` (of each parameter group; parameters take turns), ``workspace_mib``.
     """
     task = json.loads(sys.argv[1])
     dist.init_process_group("gloo")
@@ -71,10 +73,12 @@ def train() -> None:
     if rank % 2 and task.get("shuffle"):
         order.reverse()  # what differs in shape may come in any order
     without = task.get("without_gradient", [])
+    lrs = task.get("lrs", [0.02])
+    numbers = {name: number % len(lrs) for number, name in enumerate(params)}
+    members = [[params[name] for name in order if numbers[name] == i] for i in range(len(lrs))]
     optimizer = SSO(
-        [params[name] for name in order],
-        lr=0.02,
-        shared=SpectralConfig(tp_mode=task["mode"]),
+        [{"params": group, "lr": lr} for group, lr in zip(members, lrs, strict=True)],
+        shared=SpectralConfig(tp_mode=task["mode"], workspace_mib=task.get("workspace_mib", 512)),
         find_layout=lambda p: layouts[id(p)],
         **task.get("settings", {}),
     )
@@ -142,20 +146,18 @@ def dead_weight() -> None:
 
 def parts_of_a_large_model() -> None:
     """How many matrices each rank works on, by batch, for shapes and layers of the argument."""
-    from sso_megatron.optimizers.batches import make_batches
-    from sso_megatron.parallel.cost import PolarWork
-
     dist.init_process_group("gloo")
     task, size = json.loads(sys.argv[1]), dist.get_world_size()
     m, n, dim = task["shape"]
     split = Split("", ((0, m if dim else m // size),), (m, n), dim)
     params = [torch.empty(0, device="meta") for _ in range(task["layers"])]
     names = {id(p): f"layer {i:02}" for i, p in enumerate(params)}
-    batches = make_batches(
+    batches = make_schedule(
         [{"params": params}],
         lambda group, i: ParameterLayout(names[id(group["params"][i])], (split,), dist.group.WORLD),
         SpectralConfig(),
-        PolarWork(num_trials=2, num_steps=8),
-    )
+        SSO([torch.nn.Parameter(torch.ones(2, 2))]),
+    ).batches
     save("parts", [(batch.mode, len(batch.members), len(batch.here)) for batch in batches])
+    dist.barrier()  # a rank that leaves early breaks the others' connecting
     dist.destroy_process_group()

@@ -60,7 +60,11 @@ def test_cut_matrices_follow_whole_ones(megatron, one_rank, ranks, mode, gradien
         assert radius == pytest.approx(math.sqrt(m / n)), "the global shape's"
         norm = torch.linalg.matrix_norm(matrix.double(), ord=2).item()
         assert norm == pytest.approx(radius, rel=1e-3)
-    expected = {"whole": "local"} | {name: mode for name in MATRICES if name != "whole"}
+    expected = {name: mode for name in MATRICES} | {"whole": "local"}
+    if mode == "distributed":  # the others are shorter on the side that is cut, or squares cut by columns
+        expected |= {name: "owner" for name, (m, n, dim, _) in MATRICES.items() if (m < n) != (dim == 1)}
+        expected |= {"whole": "local"}
+        assert set(expected.values()) == {"local", "owner", "distributed"}
     if mode != "auto":
         assert run.saved("modes") == [expected] * ranks
     else:

@@ -4,6 +4,9 @@ Weights trained by SSO have many singular values close to the largest one (the t
 holds back one direction while the others rise to the sphere), and there a single vector
 under-estimates the norm by many per cent. A block with Rayleigh-Ritz does not; a Chebyshev filter
 between the block's smallest Ritz value and its largest makes each product count for several plain ones.
+
+Nothing here waits for the device: ``torch.linalg.eigh`` would, so the small eigenproblems are solved by
+repeated squaring.
 """
 
 from collections.abc import Callable
@@ -12,7 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sso_megatron.linalg.polar import Total
+from sso_megatron.linalg.polar import Total, times, times_thin
+
+# Squarings of a k x k matrix of Ritz values: the 2^24th power tells values apart that differ by 1e-7,
+# the 2^8th gives the largest itself to 2 %, enough for the filter's interval.
+_VECTOR_SQUARINGS, _VALUE_SQUARINGS = 24, 8
 
 
 class TopSingular(NamedTuple):
@@ -49,48 +56,88 @@ def start_basis(W: Tensor, block_size: int, *, rows_are_cut: bool = False) -> Te
 
 
 def power_iteration(
-    W: Tensor, basis: Tensor, *, degree: int, num_passes: int = 1, total: Total | None = None
+    W: Tensor,
+    basis: Tensor,
+    *,
+    degree: int,
+    num_passes: int = 1,
+    total: Total | None = None,
+    gram: Tensor | None = None,
 ) -> TopSingular:
     """``(sigma, u, v)`` of every matrix of a batch, and the block for the next call.
 
     On whole matrices one pass costs ``2 degree + 1`` products of ``W`` with ``k`` vectors, one QR and
-    one symmetric eigenproblem of size ``k``. Where rows are cut the products go through the Gram
+    some fifty products of ``k x k`` matrices. Where rows are cut the products go through the Gram
     matrix ``W^T W``, which is summed once: one ``total`` however many passes.
 
     Args:
         W: ``(b, m, n)``, float32 or float64.
         basis: ``(b, s, k)`` with orthonormal columns: ``start_basis`` or the last call's.
         degree: degree of the Chebyshev polynomial in the Gram matrix, at least 1.
-        num_passes: filter, orthonormalise and rotate this many times; more for a cold start.
+        num_passes: filter, orthonormalise and choose this many times; more for a cold start.
         total: sum over the ranks that hold the other rows; None for whole matrices.
+        gram: ``(b, n, n)`` sum of ``W^T W`` over the ranks, where it is known already.
     """
     is_tall = total is not None or W.size(-2) >= W.size(-1)
     tall = W if is_tall else W.mT
-    gram = None if total is None else total(tall.mT @ tall)
+    if total is not None and gram is None:
+        gram = total(tall.mT @ tall)
 
     def apply(V: Tensor) -> Tensor:
-        return tall.mT @ (tall @ V) if gram is None else gram @ V
+        return times_thin(tall.mT, times_thin(tall, V)) if gram is None else times_thin(gram, V)
 
     for _ in range(num_passes):
         if basis.size(-1) < basis.size(-2):  # a full basis is exact without a filter
             basis = torch.linalg.qr(_chebyshev_filter(apply, basis, degree)).Q
-        image = tall @ basis if gram is None else gram @ basis
-        ritz = image.mT @ image if gram is None else basis.mT @ image
-        # Ascending order; sigma^2 is accurate to rounding for the large Ritz values, which matter.
-        # A matrix with NaN gives NaN results: eigh would raise, and not on every rank of a group.
-        _, rotation = torch.linalg.eigh(ritz.nan_to_num(posinf=0.0, neginf=0.0))
-        basis, image = basis @ rotation, image @ rotation
-    short_vector = basis[..., -1]
+        image = times_thin(tall if gram is None else gram, basis)
+        ritz = (image if gram is None else basis).mT.double() @ image.double()
+        weights = top_eigenvector(ritz).to(W.dtype).unsqueeze(-1)
+    short_vector, image_vector = (basis @ weights).squeeze(-1), (image @ weights).squeeze(-1)
     if gram is None:
-        long_vector = image[..., -1]
+        long_vector = image_vector
         sigma = torch.linalg.vector_norm(long_vector, dim=-1)
     else:
-        long_vector = (tall @ short_vector.unsqueeze(-1)).squeeze(-1)
-        sigma = (short_vector * image[..., -1]).sum(dim=-1).clamp_min(0).sqrt()
+        long_vector = times(tall, short_vector)
+        sigma = (short_vector * image_vector).sum(dim=-1).clamp_min(0).sqrt()
     long_vector = long_vector / sigma.clamp_min(torch.finfo(W.dtype).tiny).unsqueeze(-1)
     if is_tall:
         return TopSingular(sigma, long_vector, short_vector, basis)
     return TopSingular(sigma, short_vector, long_vector, basis)
+
+
+def top_eigenvector(A: Tensor) -> Tensor:
+    """A unit vector of the largest eigenvalue, ``(b, k)``, of symmetric positive semi-definite matrices.
+
+    Of eigenvalues closer than 1e-7 of the largest some mixture; a first unit vector for a zero matrix.
+
+    Args:
+        A: ``(b, k, k)`` float64.
+    """
+    power = A
+    for _ in range(_VECTOR_SQUARINGS):
+        _, power = _over_trace(power)
+        power = power @ power
+    # All columns of a power of rank one are the vector; the one with the largest entry is the safest.
+    best = power.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)
+    vector = power.gather(-1, best[:, None, None].expand(-1, A.size(-1), 1)).squeeze(-1)
+    vector[:, 0] += (vector == 0).all(dim=-1)
+    return vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+
+
+def _largest_eigenvalue(A: Tensor) -> Tensor:
+    """``(b,)`` of ``(b, k, k)`` float64, positive semi-definite: never too small, at most 2 % too large."""
+    logarithm = torch.zeros_like(A[:, 0, 0])
+    for squaring in range(_VALUE_SQUARINGS + 1):
+        trace, A = _over_trace(A)
+        logarithm = logarithm + trace.log() / 2**squaring
+        A = A @ A
+    return logarithm.exp()
+
+
+def _over_trace(A: Tensor) -> tuple[Tensor, Tensor]:
+    """The trace, and ``A`` divided by it; a zero matrix stays zero."""
+    trace = A.diagonal(dim1=-2, dim2=-1).sum(dim=-1).clamp_min(torch.finfo(A.dtype).tiny)
+    return trace, A / trace[:, None, None]
 
 
 def _chebyshev_filter(apply: Callable[[Tensor], Tensor], V: Tensor, degree: int) -> Tensor:
@@ -105,10 +152,14 @@ def _chebyshev_filter(apply: Callable[[Tensor], Tensor], V: Tensor, degree: int)
         degree: at least 1.
     """
     Y = apply(V)
-    ritz = (V * Y).sum(dim=-2, keepdim=True)  # (b, 1, k)
-    top = ritz.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(V.dtype).tiny)
+    ritz = V.mT.double() @ Y.double()
+    top = _largest_eigenvalue(ritz)
+    unit = torch.eye(V.size(-1), dtype=ritz.dtype, device=ritz.device)
+    bottom = top - _largest_eigenvalue(top[:, None, None] * unit - ritz)
+    top, bottom = (x.to(V.dtype)[:, None, None] for x in (top, bottom))
+    top = top.clamp_min(torch.finfo(V.dtype).tiny)
     # The damped interval [0, cut]; a floor keeps the recurrence finite for rank-deficient matrices.
-    half = torch.maximum(ritz.amin(dim=-1, keepdim=True), 1e-6 * top) / 2
+    half = torch.maximum(bottom, 1e-6 * top) / 2
     first = half / (top - half)
     scale = first
     previous, current = V, (Y - half * V) * (first / half)

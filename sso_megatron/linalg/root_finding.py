@@ -8,7 +8,7 @@ computed again.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,27 +97,34 @@ class TrackedRoot(NamedTuple):
     """What ``track_root`` found, and where the next search starts.
 
     Attributes:
-        root: the last trial.
+        lam: ``(b,)`` the accepted trial.
+        value: ``(b,)`` the function there.
+        extra: what ``accept`` returned beside the value.
         next_lam: ``(b,)`` start of the next search.
         slope: ``(b,)`` slope of the function near the root.
     """
 
-    root: Root
+    lam: Tensor
+    value: Tensor
+    extra: Any
     next_lam: Tensor
     slope: Tensor
 
 
-# A step is at most this far, or the distance from zero when that is more: a slope learned on a flat
-# stretch would otherwise throw the next trial far beyond the root.
-_MAX_FIRST_STEP = 0.05
-# Two values closer than this tell rounding, not slope.
-_MIN_RISE = 1e-3
-# Beyond this a value says that the root is elsewhere.
-_FAR = 0.1
+# A rise between two trials that counts half for the slope. Trials before the last err by 6e-3.
+_RISE = 2e-2
+# A value that says by half that the root is elsewhere.
+_FAR = 0.3
 
 
 def track_root(
-    evaluate: Evaluate, lam: Tensor, slope: Tensor, *, tolerance: float, num_trials: int
+    measure: Callable[[Tensor], Tensor],
+    accept: Callable[[Tensor], tuple[Tensor, Any]],
+    lam: Tensor,
+    slope: Tensor,
+    *,
+    reach: Tensor,
+    num_trials: int,
 ) -> TrackedRoot:
     """Follow a root that moves slowly from call to call, with a fixed number of trials.
 
@@ -126,39 +133,48 @@ def track_root(
     is no data-dependent branch and no host synchronisation.
 
     Args:
-        evaluate: see the module; called with ``rows=None``.
+        measure: the function ``(b,)`` of all members, roughly: all trials but the last.
+        accept: the function and what is wanted beside it: the last trial.
         lam: ``(b,)`` first trial.
         slope: ``(b,)`` positive estimate of the slope at the root.
-        tolerance: what ``Root.converged`` reports; it decides nothing.
-        num_trials: evaluations, at least 1; the slope is learned from 2 on.
+        reach: ``(b,)`` how far a step may go, or the distance from zero when that is more: a slope learned
+            on a flat stretch would otherwise throw the next trial far beyond the root.
+        num_trials: at least 1; the slope is learned from 2 on.
     """
     low, high = torch.full_like(lam, -math.inf), torch.full_like(lam, math.inf)
-    last_lam = last_value = None
-    for _ in range(num_trials):
+    last_lam = last_value = extra = None
+    for left in reversed(range(num_trials)):
         trial = lam
-        value, extra = evaluate(trial, None)
+        if left:
+            value = measure(trial)
+        else:
+            value, extra = accept(trial)
         low = torch.where(value < 0, torch.maximum(low, trial), low)
         high = torch.where(value > 0, torch.minimum(high, trial), high)
         if last_lam is not None and last_value is not None:
-            rise = value - last_value
-            secant = rise / (trial - last_lam)
-            usable = torch.isfinite(secant) & (secant > 0) & (rise.abs() > _MIN_RISE)
-            # Two trials on the same flat stretch: the stored slope is too steep to get away from it.
-            stuck = ~usable & (value * last_value > 0) & (value.abs() > _FAR)
-            slope = torch.where(usable, secant, torch.where(stuck, slope / 4, slope))
+            slope = _learned(slope, trial - last_lam, value, last_value)
         last_lam, last_value = trial, value
-        reach = trial.abs().clamp_min(_MAX_FIRST_STEP)
-        proposal = trial + (-value / slope).clamp(-reach, reach)
+        limit = torch.maximum(trial.abs(), reach)
+        proposal = trial + (-value / slope).clamp(-limit, limit)
         # An end of the bracket counts as inside: at the root to the last digit a step rounds to nothing,
         # and the middle of a bracket with a far end would throw the trial away.
         inside = (proposal >= low) & (proposal <= high)
         middle = (low + high) / 2
         lam = torch.where(inside | ~torch.isfinite(middle), proposal, middle)
-    root = Root(
-        trial,
-        value,
-        extra,
-        torch.full_like(lam, num_trials, dtype=torch.int64),
-        value.abs() <= tolerance,
-    )
-    return TrackedRoot(root, torch.where(torch.isfinite(lam), lam, trial), slope)
+    return TrackedRoot(trial, value, extra, torch.where(torch.isfinite(lam), lam, trial), slope)
+
+
+def _learned(slope: Tensor, step: Tensor, value: Tensor, last_value: Tensor) -> Tensor:
+    """The slope after two trials: as much of the secant as their rise is more than noise.
+
+    Continuous in all arguments: ranks that hold a matrix in different ways differ by rounding, which a
+    threshold would turn into different searches.
+    """
+    rise = value - last_value
+    secant = rise / step
+    usable = torch.isfinite(secant) & (secant > 0)
+    trust = torch.where(usable, rise.square() / (rise.square() + _RISE**2), 0)
+    # Two trials on the same flat stretch: the stored slope is too steep to get away from it.
+    both = (value * last_value).clamp_min(0)
+    stuck = (1 - trust) * both / (both + _FAR**2)
+    return (slope / 4**stuck) * (torch.where(usable, secant, slope) / slope) ** trust

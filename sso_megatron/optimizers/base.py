@@ -1,6 +1,7 @@
 """The engine every spectral optimizer runs on: parameters in, batches of matrices out."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,10 +10,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sso_megatron.matrices.layout import ParameterLayout, whole
-from sso_megatron.optimizers.batches import MatrixBatch, make_batches
+from sso_megatron.optimizers.batches import MatrixBatch, Member
 from sso_megatron.optimizers.config import SpectralConfig
+from sso_megatron.optimizers.schedule import ExchangedBatches, Schedule, make_schedule
 from sso_megatron.parallel.cost import PolarWork
-from sso_megatron.updates.momentum import direction, update_momentum_
+from sso_megatron.parallel.exchange import Exchange
+from sso_megatron.parallel.shards import copy_all_
+from sso_megatron.updates.momentum import update_momentum_
 
 FindLayout = Callable[[Tensor], ParameterLayout]
 
@@ -23,11 +27,17 @@ MatrixState = dict[str, Tensor]
 class SpectralOptimizer(torch.optim.Optimizer):
     """Momentum, batching and placement; a subclass takes the step on a batch of matrices.
 
-    Collectives of ``step``: those of each batch's placement (``parallel.placement``); their number
-    grows with the number of different shapes, and with the number of matrices only where a batch
-    exceeds the workspace. They are issued whether or not parameters have gradients. The ranks of a
-    group must agree on which parameters have one.
+    Collectives of ``step``: those of one exchange for each tensor-parallel group
+    (``parallel.exchange``), and of each batch that stays out of it (``parallel.placement``). Their
+    number grows with the number of matrices only where these exceed the workspace. They are issued
+    whether or not parameters have gradients. The ranks of a group must agree on which have one.
+
+    Attributes:
+        on_written: called in a step with parameters that the step is done with, as soon as it is: each
+            parameter once, those without a gradient included.
     """
+
+    on_written: Callable[[list[Tensor]], None] | None = None
 
     def __init__(
         self,
@@ -44,7 +54,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         self.shared = shared
         self._momentum, self._nesterov, self._weight_decay = momentum, nesterov, weight_decay
         self._find_layout = find_layout
-        self._batches: list[MatrixBatch] | None = None
+        self._schedule: Schedule | None = None
+        self._unfinished: Counter[Tensor] = Counter()
         self._loaded: dict[str, MatrixState] = {}
         # Nothing but the learning rate is in the groups: a checkpoint restores groups, and what the
         # optimizer was built with must win over what an earlier run was built with.
@@ -84,7 +95,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         One transfer from the device a batch.
         """
         kept = dict(self._loaded)
-        for batch in self._batches or ():
+        for batch in self._schedule.batches if self._schedule else ():
             if batch.cache is not None:
                 names = [member.name for member in batch.here]
                 kept |= dict(zip(names, self.matrix_states(batch), strict=True))
@@ -113,23 +124,27 @@ class SpectralOptimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._loaded, self._batches = self.spectral_state(), None
+        self._loaded, self._schedule = self.spectral_state(), None
 
     def reset_caches(self) -> None:
         """Forget what is known of the weights' spectra; call it after editing weights by hand."""
-        self._batches, self._loaded = None, {}
+        self._schedule, self._loaded = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes for copy and pickle, but for batches, which hold this object's parameters."""
-        return self.__dict__ | {"_batches": None, "_loaded": self.spectral_state()}
+        without: dict[str, Any] = {"_schedule": None, "_unfinished": Counter(), "on_written": None}
+        return self.__dict__ | without | {"_loaded": self.spectral_state()}
 
     @property
     def batches(self) -> list[MatrixBatch]:
-        """Batches of logical matrices, in the order in which a step takes them."""
+        """Batches of logical matrices; those of cut ones in the same order on every rank of their group."""
+        return self._scheduled().batches
+
+    def _scheduled(self) -> Schedule:
         # Made late: Megatron puts fp32 master weights into the groups after construction.
-        if self._batches is None:
-            self._batches = make_batches(self.param_groups, self._layout, self.shared, self.polar_work())
-        return self._batches
+        if self._schedule is None:
+            self._schedule = make_schedule(self.param_groups, self._layout, self.shared, self)
+        return self._schedule
 
     def _layout(self, group: dict[str, Any], position: int) -> ParameterLayout:
         param = group["params"][position]
@@ -162,25 +177,109 @@ class SpectralOptimizer(torch.optim.Optimizer):
                     "gradients to torch.optim.SparseAdam"
                 )
             update_momentum_(self.state[param]["momentum_buffer"], param.grad, self._momentum)
-        for batch in self.batches:
-            # Cut batches always take part: the other ranks of the group wait for this one.
-            if batch.shards is not None or any(m.param.grad is not None for m in batch.members):
-                self._step_batch(batch)
+        schedule = self._scheduled()
+        if self.on_written is not None:
+            self._unfinished = Counter(m.param for batch in schedule.batches for m in batch.members)
+        meanwhile = iter(schedule.meanwhile)
+        for unit in schedule.units:
+            if isinstance(unit, MatrixBatch):
+                self._step_batch(unit)
+            else:
+                self._step_exchanged(unit, meanwhile)
         return loss
 
     def _step_batch(self, batch: MatrixBatch) -> None:
-        shards = torch.stack([batch.weights(), self._directions(batch)])
-        W, N = batch.placement.spread(shards)
+        # Cut batches always take part: the other ranks of the group wait for this one.
+        if batch.shards is None and all(member.param.grad is None for member in batch.members):
+            self._finish(batch.members)
+            return
+        W, N = self._spread(batch)
+        self._update(batch, W, N)
+        self._write(batch.here, batch.placement.own(W))
+
+    def _spread(self, batch: MatrixBatch) -> Tensor:
+        room, (weights, directions) = batch.placement.stage(2, **batch.options)
+        self._read(batch.members, weights, directions)
+        return batch.placement.spread(room, 2)
+
+    def _step_exchanged(self, unit: ExchangedBatches, meanwhile: Iterator[list[MatrixBatch]]) -> None:
+        for boundary, batches in enumerate([*unit.rounds, []]):
+            self._send(unit, boundary)
+            for batch in next(meanwhile):
+                self._step_batch(batch)
+            self._receive(unit)
+            for batch, places in batches:
+                self._step_owned(unit.exchange, batch, places)
+
+    def _send(self, unit: ExchangedBatches, boundary: int) -> None:
+        places, weights, directions = unit.exchange.pack(boundary)
+        self._read([unit.members[i] for i in places], weights, directions)
+        unit.exchange.send()
+
+    def _receive(self, unit: ExchangedBatches) -> None:
+        places, results = unit.exchange.receive()
+        self._write([unit.members[i] for i in places], results)
+
+    def _step_owned(self, exchange: Exchange, batch: MatrixBatch, places: list[int]) -> None:
+        """A batch of matrices whose other shards ``exchange`` has brought; ``places`` are its own."""
+        W, N = (torch.empty(len(places), *batch.shape, **batch.options) for _ in range(2))
+        self._read(batch.here, batch.placement.own(W), batch.placement.own(N))
+        exchange.take(places, W, N)
+        self._update(batch, W, N)
+        exchange.give(places, W)
+        self._write(batch.here, batch.placement.own(W))
+
+    def _update(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
         if self._weight_decay:
             W.mul_(1 - batch.group["lr"] * self._weight_decay)
         self.update_batch_(batch, W, N)
-        batch.write_(batch.placement.collect(W))
 
-    def _directions(self, batch: MatrixBatch) -> Tensor:
-        params = [member.param for member in batch.members]
-        momenta = batch.read(self.state[p]["momentum_buffer"] for p in params)
-        gradients = batch.read(torch.zeros_like(p) if p.grad is None else p.grad for p in params)
-        return direction(momenta, gradients, self._momentum, self._nesterov)
+    def _read(self, members: list[Member], weights: list[Tensor], directions: list[Tensor]) -> None:
+        """Put this rank's part of weights and momentum directions into the places given."""
+        # Matrices of scattered rows are copied on the way: one at a time, for the sake of memory.
+        is_scattered = any(len(member.split.rows) > 1 for member in members)
+        size = 1 if is_scattered else max(1, len(members))
+        for k in range(0, len(members), size):
+            some = members[k : k + size]
+            copy_all_(weights[k : k + size], [m.split.read(m.param.detach()) for m in some])
+            self._read_directions(some, directions[k : k + size])
+
+    def _read_directions(self, members: list[Member], places: list[Tensor]) -> None:
+        momenta = [m.split.read(self.state[m.param]["momentum_buffer"]) for m in members]
+        if not self._nesterov:
+            copy_all_(places, momenta)
+            return
+        # The look ahead, (1 - beta) G + beta M, in place.
+        filled, gradients = [], []
+        for member, place in zip(members, places, strict=True):
+            if member.param.grad is None:
+                place.zero_()
+            else:
+                filled.append(place)
+                gradients.append(member.split.read(member.param.grad))
+        copy_all_(filled, gradients)
+        torch._foreach_lerp_(places, momenta, self._momentum)
+
+    def _write(self, members: list[Member], values: list[Tensor]) -> None:
+        """Put this rank's part of updated weights into the parameters.
+
+        A parameter without a gradient is left as it is, as every torch optimizer does.
+        """
+        for member, value in zip(members, values, strict=True):
+            if member.param.grad is not None:
+                member.split.write_(member.param.detach(), value)
+        self._finish(members)
+
+    def _finish(self, members: list[Member]) -> None:
+        if self.on_written is None:
+            return
+        finished = []
+        for member in members:
+            self._unfinished[member.param] -= 1
+            if not self._unfinished[member.param]:
+                finished.append(member.param)
+        if finished:
+            self.on_written(finished)
 
     def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
         """Take the algorithm's step in place.
@@ -203,6 +302,14 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def polar_work(self) -> PolarWork:
         """What a step on one matrix does, for the cost model that chooses placements."""
+        raise NotImplementedError
+
+    def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes that ``update_batch_`` takes for one whole matrix, with its W and N."""
+        raise NotImplementedError
+
+    def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        """The same for a matrix of which this rank holds ``rows``, and others the rest."""
         raise NotImplementedError
 
 

@@ -78,7 +78,9 @@ class SpectralConfig:
         "that matches nothing is an error",
     )
     workspace_mib: int = setting(
-        2048, "temporary memory, in MiB, that one batch of equal matrices may take; a larger one is parted"
+        512,
+        "temporary memory, in MiB, that a step may take, matrices on their way between ranks included; a "
+        "matrix that does not fit is worked on alone, above it",
     )
     mup_init: bool = setting(
         False,
@@ -127,11 +129,13 @@ class SSOConfig:
     )
     solver: Literal["tracking", "bisection"] = setting(
         "tracking",
-        "tracking follows lambda from step to step; bisection is the published search; what residual "
-        "either leaves is removed",
+        "tracking follows lambda from step to step and rotates what is left of h away; bisection is the "
+        "published search, its residual subtracted",
         "ours; paper",
     )
-    solver_trials: int = setting(2, "msign evaluations a step of the tracking solver", "ours")
+    solver_trials: int = setting(
+        2, "trials a step of the tracking solver: the last by msign, the others by a rough measure", "ours"
+    )
     solver_tolerance: float = setting(2e-4, "|h(lambda)| at which bisection stops", "paper")
     solver_max_iterations: int = setting(20, "halvings of the bisection", "paper")
     msign_steps: int = setting(8, "Newton-Schulz steps", "paper")

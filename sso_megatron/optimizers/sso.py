@@ -14,11 +14,13 @@ from sso_megatron.optimizers.base import FindLayout, MatrixState, SpectralOptimi
 from sso_megatron.optimizers.batches import MatrixBatch
 from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
 from sso_megatron.parallel.cost import PolarWork
+from sso_megatron.parallel.shards import copy_all_
 from sso_megatron.updates.sso import (
     SpectralCache,
     SSORule,
     blank_cache,
     retract_to_spectral_sphere_,
+    retraction_factor,
     sso_step_,
     start_cache,
 )
@@ -35,8 +37,8 @@ class SSO(SpectralOptimizer):
     is tangent to the sphere. Weights between steps are therefore off the sphere by one update, as
     in the paper. Momentum is kept in float32 (float64 for float64 parameters).
 
-    Collectives: see ``SpectralOptimizer``. Host synchronisations of a warm step: with the tracking solver
-    only that of ``torch.linalg.eigh`` on a CUDA device, one a batch; with bisection one more a trial.
+    Collectives: see ``SpectralOptimizer``. Host synchronisations of a warm step: none with the tracking
+    solver, one a trial with bisection.
 
     Example:
         >>> matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -99,10 +101,29 @@ class SSO(SpectralOptimizer):
 
     def polar_work(self) -> PolarWork:
         """Newton-Schulz iterations of a warm step; bisection is taken at its published mean."""
-        searches = self._rule.tangent == "solve"
-        is_tracking = self._rule.solver == "tracking"
-        num_trials = (self._rule.num_trials if is_tracking else _BISECTION_TRIALS) if searches else 1
-        return PolarWork(num_trials, len(self._rule.coefficients))
+        rule, num_steps = self._rule, len(self._rule.coefficients)
+        if rule.tangent != "solve":
+            return PolarWork(1, num_steps)
+        if rule.solver == "bisection":
+            return PolarWork(_BISECTION_TRIALS, num_steps)
+        return PolarWork(1, num_steps, num_measures=rule.num_trials - 1)
+
+    def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Weight, shifted momentum and two iterates, and squares of the short side."""
+        numel, short, long = shape[0] * shape[1], min(shape), max(shape)
+        rule = self._rule
+        # Bisection keeps the best trial of each matrix, and copies those that go on; tracking has the Gram
+        # matrix that all trials but the last work on.
+        bisects = rule.tangent == "solve" and rule.solver == "bisection"
+        copies, squares = (9, 2) if bisects else (4, 4 if rule.tangent == "solve" else 2)
+        iterating = copies * numel + squares * short**2 + 32 * long
+        retracting = 2 * numel + min(rule.power_block, short) * (4 * long + 10 * short)
+        return max(retracting, iterating) * dtype.itemsize
+
+    def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        """The same, and in float64 the rows of the momentum and products of the uncut side."""
+        in_double = 3 * rows * columns + 9 * columns**2
+        return 2 * rows * columns * dtype.itemsize + in_double * torch.float64.itemsize
 
     def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
         """Retract, solve and update a batch in place; see ``updates.sso.sso_step_``."""
@@ -197,17 +218,21 @@ class SSO(SpectralOptimizer):
         batch that is cut.
         """
         for batch in self.batches:
-            (W,) = batch.placement.spread(batch.weights().unsqueeze(0))
+            room, (slots,) = batch.placement.stage(1, **batch.options)
+            copy_all_(slots, batch.weights())
+            (W,) = batch.placement.spread(room, 1)
             self._warm_up(batch, W)
             radii = batch.placement.share(batch.cache.radius).tolist()
-            retract_to_spectral_sphere_(
+            top = retract_to_spectral_sphere_(
                 W,
                 dataclasses.replace(batch.cache),
                 lr=batch.group["lr"],
                 rule=self._rule,
                 total=batch.placement.total,
             )
-            matrices = batch.whole(batch.placement.collect(W))
+            factors = retraction_factor(top.sigma, batch.cache.radius, batch.group["lr"], self._rule)
+            shards = zip(batch.weights(), batch.placement.share(factors), strict=True)
+            matrices = batch.whole([shard * factor for shard, factor in shards])
             for member, matrix, radius in zip(batch.members, matrices, radii, strict=True):
                 yield member.name, matrix, radius
 

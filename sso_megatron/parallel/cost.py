@@ -4,7 +4,12 @@ Costs are flops of one rank; a byte between ranks counts as ``flops_per_byte`` f
 steps and their Gram matrices dominate; momentum, power iteration and retraction are left out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from sso_megatron.linalg.polar import is_long
+from sso_megatron.linalg.polar_line import num_measured_steps
+from sso_megatron.parallel.shards import Cut, even_cut
 
 _BYTES = 4  # matrices travel in float32
 
@@ -16,15 +21,24 @@ class PolarWork:
     Attributes:
         num_trials: times for each matrix.
         num_steps: Newton-Schulz steps each time.
+        num_measures: times that its Gram matrix alone is iterated (``linalg.polar_line.GramLine``).
     """
 
     num_trials: int
     num_steps: int
+    num_measures: int = 0
 
     def flops(self, shape: tuple[int, int]) -> float:
-        """For one whole matrix: Gram matrix, its square and the product with the matrix each step."""
+        """For one whole matrix, in the form that ``linalg.polar.msign`` takes for its shape."""
         short, long = sorted(shape)
-        return self.num_trials * self.num_steps * (4.0 * long * short**2 + 2.0 * short**3)
+        if is_long(shape) and self.num_steps > 1:
+            # Two Gram matrices and two products with it; six products of the short side's size a step for
+            # the next Gram matrix, two for the polynomial, and less at either end of the two parts.
+            one = 8.0 * long * short**2 + (8.0 * self.num_steps - 12) * short**3
+        else:
+            one = self.num_steps * (4.0 * long * short**2 + 2.0 * short**3)
+        gram = 2.0 * long * short**2 if self.num_measures else 0.0
+        return self.num_trials * one + gram + self._measured(short)
 
     def gram_flops(self, shape: tuple[int, int], partition_dim: int, tp_size: int) -> float:
         """For one matrix in Gram form on shards: ``parallel.placement.Distributed``.
@@ -34,7 +48,27 @@ class PolarWork:
         float64, which the tensor cores of A100 and H100 do as fast as float32; other devices do not.
         """
         cut, side = shape[partition_dim] / tp_size, shape[1 - partition_dim]
-        return 6.0 * cut * side**2 + self.num_trials * self.num_steps * 8.0 * side**3
+        trials = self.num_trials * self.num_steps * 8.0 * side**3
+        return 6.0 * cut * side**2 + trials + self._measured(side)
+
+    def _measured(self, side: int) -> float:
+        return self.num_measures * 6.0 * max(0, num_measured_steps(self.num_steps) - 1) * float(side) ** 3
+
+
+def summed_bytes(side: int) -> tuple[int, ...]:
+    """Bytes of one matrix in each all-reduce of a step of ``parallel.placement.Distributed``.
+
+    The Gram matrices of weight and momentum, half of each; then two vectors.
+
+    Args:
+        side: length of the side that is not cut.
+    """
+    return 8 * side * (side + 1), 8 * (side + 1)
+
+
+def all_reduced(num_bytes: float, tp_size: int) -> float:
+    """Bytes that each rank receives in an all-reduce of ``num_bytes``: a ring's, which no other beats."""
+    return 2 * num_bytes * (tp_size - 1) / tp_size
 
 
 def mode_costs(
@@ -46,11 +80,11 @@ def mode_costs(
     work: PolarWork,
     flops_per_byte: float,
 ) -> dict[str, float]:
-    """Cost of a step on a batch of cut matrices by mode, in flops of one rank.
+    """Cost of a step on equal cut matrices by mode, in flops of the rank that has most to do.
 
-    Bytes that each rank receives: ``duplicated`` gathers weight and momentum; ``owner`` receives the
+    Bytes that a rank receives: ``duplicated`` gathers weight and momentum; ``owner`` receives the
     other shards of its own matrices, and its own shards of the others' updated weights;
-    ``distributed`` all-reduces a Gram matrix of the uncut side in float32 and one in float64.
+    ``distributed`` all-reduces what ``summed_bytes`` says.
 
     Args:
         num_matrices: matrices of this shape.
@@ -60,18 +94,35 @@ def mode_costs(
         work: Newton-Schulz iterations a step.
         flops_per_byte: flops in the time of one byte between ranks.
     """
-    elements = shape[0] * shape[1]
-    side = shape[1 - partition_dim]
-    others = (tp_size - 1) / tp_size
-    owned = -(-num_matrices // tp_size)
-    received = {
-        "duplicated": 2 * num_matrices * elements * others,
-        "owner": (2 * owned + num_matrices / tp_size) * elements * others,
-        "distributed": 3 * num_matrices * side**2 * 2 * others,
+    cuts = [even_cut(shape, partition_dim, tp_size)] * num_matrices
+    gathered = 2 * sum(cut.numel(0) for cut in cuts) * (tp_size - 1) * _BYTES
+    summed = all_reduced(num_matrices * sum(summed_bytes(shape[1 - partition_dim])), tp_size)
+    gram_flops = num_matrices * work.gram_flops(shape, partition_dim, tp_size)
+    return {
+        "duplicated": num_matrices * work.flops(shape) + gathered * flops_per_byte,
+        "owner": owner_cost(cuts, tp_size, work=work, flops_per_byte=flops_per_byte),
+        "distributed": gram_flops + summed * flops_per_byte,
     }
-    flops = {
-        "duplicated": num_matrices * work.flops(shape),
-        "owner": owned * work.flops(shape),
-        "distributed": num_matrices * work.gram_flops(shape, partition_dim, tp_size),
-    }
-    return {mode: flops[mode] + received[mode] * _BYTES * flops_per_byte for mode in flops}
+
+
+def owner_cost(cuts: Sequence[Cut], tp_size: int, *, work: PolarWork, flops_per_byte: float) -> float:
+    """Cost of a step on matrices of any shapes that are shared out, as in ``mode_costs``."""
+    costs = [work.flops(cut.shape) for cut in cuts]
+    loads = [0.0] * tp_size
+    for cut, owner, cost in zip(cuts, assign_owners(costs, tp_size), costs, strict=True):
+        loads[owner] += cost
+        for rank in range(tp_size):
+            shard = cut.numel(rank)
+            received = 2 * (cut.shape[0] * cut.shape[1] - shard) if rank == owner else shard
+            loads[rank] += received * _BYTES * flops_per_byte
+    return max(loads)
+
+
+def assign_owners(costs: Sequence[float], num_ranks: int) -> list[int]:
+    """A rank for each matrix: the most expensive first, each to the rank with least work so far."""
+    work, owners = [(0.0, 0)] * num_ranks, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owner = owners[i] = work.index(min(work))
+        cost, number = work[owner]
+        work[owner] = (cost + costs[i], number + 1)
+    return owners

@@ -1,19 +1,22 @@
 """Which rank of a tensor-parallel group works on which part of a batch of cut matrices.
 
-A placement takes this rank's shards of ``b`` equal matrices, hands out what this rank is to work on,
-and takes back what the work made of it. What is handed out is ``(b', p, q)``: whole matrices, or this
-rank's rows of matrices whose rows are cut (``q`` is always whole), and then ``total`` sums over the
-ranks that hold the other rows. Everything a placement does is the same sequence of collectives on
-every rank of the group.
+A placement makes room for this rank's shards of ``b`` equal matrices and hands out what this rank is to
+work on: ``(b', p, q)`` whole matrices, or this rank's rows of matrices whose rows are cut (``q`` is
+always whole), and then ``total`` sums over the ranks that hold the other rows. Everything a placement
+does is the same sequence of collectives on every rank of the group.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sso_megatron.linalg.polar import Total
 from sso_megatron.parallel.shards import Shards
+
+Slots = list[list[Tensor]]
+"""For each of some tensors the views, one for each matrix of a batch, to copy this rank's shards into."""
 
 
 class Placement(Protocol):
@@ -29,11 +32,19 @@ class Placement(Protocol):
     def total(self) -> Total | None:
         """Sum over the ranks that hold the other rows; None where matrices are handed out whole."""
 
-    def spread(self, shards: Tensor) -> Tensor:
-        """``(k, b', p, q)`` to work on from ``(k, b, ...)`` shards: ``k`` tensors of each matrix."""
+    def stage(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
+        """Room for ``num_tensors`` tensors of each matrix, and its slots.
 
-    def collect(self, values: Tensor) -> Tensor:
-        """This rank's shards ``(b, ...)`` of what was worked out, ``(b', p, q)``."""
+        Args:
+            num_tensors: tensors of each matrix.
+            options: dtype and device.
+        """
+
+    def spread(self, room: Tensor, num_tensors: int) -> Tensor:
+        """``(num_tensors, b', p, q)`` to work on, from the room with its slots filled."""
+
+    def own(self, values: Tensor) -> list[Tensor]:
+        """This rank's shard of each of ``members``, views of what is worked on, ``(b', p, q)``."""
 
     def share(self, values: Tensor) -> Tensor:
         """``(b,)`` numbers on every rank from one for each of ``members``, ``(b',)``."""
@@ -44,17 +55,23 @@ class Local:
 
     total = None
 
-    def __init__(self, num_matrices: int) -> None:
-        """Take the size of the batch."""
+    def __init__(self, num_matrices: int, shape: tuple[int, int]) -> None:
+        """Take the size of the batch and its matrices' shape."""
         self.members = range(num_matrices)
+        self._shape = shape
 
-    def spread(self, shards: Tensor) -> Tensor:
-        """The matrices themselves."""
-        return shards
+    def stage(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
+        """Room for the matrices themselves."""
+        room = torch.empty(num_tensors, len(self.members), *self._shape, **options)
+        return room, [list(tensor.unbind()) for tensor in room]
 
-    def collect(self, values: Tensor) -> Tensor:
+    def spread(self, room: Tensor, num_tensors: int) -> Tensor:
         """The matrices themselves."""
-        return values
+        return room
+
+    def own(self, values: Tensor) -> list[Tensor]:
+        """The matrices themselves."""
+        return list(values.unbind())
 
     def share(self, values: Tensor) -> Tensor:
         """The numbers themselves."""
@@ -69,84 +86,79 @@ class Duplicated:
 
     total = None
 
-    def __init__(self, num_matrices: int, shards: Shards) -> None:
-        """Take the size of the batch and how its matrices are cut."""
-        self.members = range(num_matrices)
+    def __init__(self, shards: Shards) -> None:
+        """Take how the matrices of the batch are cut."""
+        self.members = range(len(shards.cuts))
         self._shards = shards
 
-    def spread(self, shards: Tensor) -> Tensor:
-        """Whole matrices ``(k, b, m, n)``."""
-        return self._shards.gather(shards)
+    def stage(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
+        """Room for this rank's shards."""
+        return self._shards.stage(num_tensors, **options)
 
-    def collect(self, values: Tensor) -> Tensor:
+    def spread(self, room: Tensor, num_tensors: int) -> Tensor:
+        """Whole matrices ``(num_tensors, b', m, n)``."""
+        return self._shards.gather(room, num_tensors, self.members)
+
+    def own(self, values: Tensor) -> list[Tensor]:
         """This rank's shards of them."""
-        return self._shards.own(values)
+        cuts = (self._shards.cuts[i] for i in self.members)
+        return [cut.shard(value, self._shards.rank) for cut, value in zip(cuts, values, strict=True)]
 
     def share(self, values: Tensor) -> Tensor:
         """The numbers themselves: every rank has them."""
         return values
 
 
-class Owner:
+class Owner(Duplicated):
     """Each rank of the group works on its share of the batch's matrices, whole.
 
-    Collectives: one all-to-all in ``spread``, one in ``collect``, one all-reduce in ``share``.
+    In a step an ``Exchange`` brings the matrices to their owners and the results back; ``stage`` and
+    ``spread`` are for looking at the matrices between steps, and gather all of them on the way.
+
+    Collectives: one all-gather in ``spread``, one all-reduce in ``share``.
     """
 
-    total = None
-
-    def __init__(self, num_matrices: int, shards: Shards, first_owner: int = 0) -> None:
-        """Take the size of the batch, how its matrices are cut, and who is first to own one more."""
-        share, rest = divmod(num_matrices, shards.size)
-        self._counts = [share + ((rank - first_owner) % shards.size < rest) for rank in range(shards.size)]
-        first = sum(self._counts[: shards.rank])
-        self.members = range(first, first + self._counts[shards.rank])
-        self._shards = shards
-
-    def spread(self, shards: Tensor) -> Tensor:
-        """Whole matrices ``(k, b', m, n)`` of this rank's members, from ``(k, b, ...)``."""
-        sent = shards.movedim(0, 1).contiguous()  # (b, k, ...): the members of one owner together
-        received = self._exchange(sent, self._counts, [len(self.members)] * self._shards.size)
-        parts = received.unflatten(0, (self._shards.size, len(self.members)))
-        return self._shards.join(parts.movedim(2, 1), self.members.start)
-
-    def collect(self, values: Tensor) -> Tensor:
-        """This rank's shards ``(b, ...)`` from every owner's matrices ``(b', m, n)``."""
-        sent = self._shards.cut(values, self.members.start).flatten(0, 1).contiguous()
-        return self._exchange(sent, [len(self.members)] * self._shards.size, self._counts)
+    def __init__(self, shards: Shards, members: range) -> None:
+        """Take how the matrices of the batch are cut, and which of them are this rank's."""
+        super().__init__(shards)
+        self.members = members
 
     def share(self, values: Tensor) -> Tensor:
         """Every owner's numbers."""
-        shared = values.new_zeros(sum(self._counts))
+        shared = values.new_zeros(len(self._shards.cuts))
         shared[self.members.start : self.members.stop] = values
         dist.all_reduce(shared, group=self._shards.tp_group)
         return shared
-
-    def _exchange(self, sent: Tensor, to_each: list[int], from_each: list[int]) -> Tensor:
-        received = sent.new_empty((sum(from_each), *sent.shape[1:]))
-        dist.all_to_all_single(received, sent, from_each, to_each, group=self._shards.tp_group)
-        return received
 
 
 class Distributed:
     """Shards stay where they are; what contracts the cut dimension is summed over the group.
 
-    Matrices whose columns are cut are handed out transposed. Collectives: one all-reduce for each
-    call of ``total``.
+    Matrices whose columns are cut are handed out transposed. Shards of unequal height are padded with
+    zero rows. Collectives: one all-reduce for each call of ``total``.
     """
 
-    def __init__(self, num_matrices: int, shards: Shards) -> None:
-        """Take the size of the batch and how its matrices are cut."""
-        self.members = range(num_matrices)
+    def __init__(self, shards: Shards) -> None:
+        """Take how the matrices of the batch are cut."""
+        self.members = range(len(shards.cuts))
         self._shards = shards
+        self._shapes = [cut.shard_shape(shards.rank) for cut in shards.cuts]
+        self._transposes = shards.cuts[0].dim == 1
 
-    def spread(self, shards: Tensor) -> Tensor:
+    def stage(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
+        """Room for the shards as they lie."""
+        ranks = range(self._shards.size)
+        height = max(cut.shard_shape(rank)[0] for cut in self._shards.cuts for rank in ranks)
+        room = torch.zeros(num_tensors, len(self.members), height, self._shapes[0][1], **options)
+        return room, [self._cropped(tensor) for tensor in room]
+
+    def spread(self, room: Tensor, num_tensors: int) -> Tensor:
         """The shards, cut dimension first."""
-        return shards.mT if self._shards.partition_dim == 1 else shards
+        return room.mT if self._transposes else room
 
-    def collect(self, values: Tensor) -> Tensor:
+    def own(self, values: Tensor) -> list[Tensor]:
         """The shards as they came."""
-        return values.mT if self._shards.partition_dim == 1 else values
+        return self._cropped(values.mT if self._transposes else values)
 
     def share(self, values: Tensor) -> Tensor:
         """The numbers themselves: every rank has them."""
@@ -158,11 +170,10 @@ class Distributed:
         dist.all_reduce(part, group=self._shards.tp_group)
         return part
 
+    def _cropped(self, values: Tensor) -> list[Tensor]:
+        return [value[:rows] for value, (rows, _) in zip(values, self._shapes, strict=True)]
 
-def place(mode: str, num_matrices: int, shards: Shards, first_owner: int = 0) -> Placement:
-    """The placement that ``--spectral-tp-mode`` calls ``mode``."""
-    if mode == "owner":
-        return Owner(num_matrices, shards, first_owner)
-    if mode == "duplicated":
-        return Duplicated(num_matrices, shards)
-    return Distributed(num_matrices, shards)
+
+def place(mode: str, shards: Shards) -> Placement:
+    """The placement that ``--spectral-tp-mode`` calls ``mode``, but for ``owner``."""
+    return Duplicated(shards) if mode == "duplicated" else Distributed(shards)

@@ -1,15 +1,15 @@
-"""Whole matrices from the shards of a tensor-parallel group, and back.
+"""Whole matrices from the shards of a tensor-parallel group.
 
-``(b, m, n)`` whole matrices are cut along dimension 0 (``m``) or 1 (``n``) over the ``size`` ranks of a
-group. Where a cut along the rows is uneven, shards are padded with zero rows to equal height.
+``(m, n)`` whole matrices are cut along dimension 0 (``m``) or 1 (``n``) over the ranks of a group, evenly
+or not. Shards travel in flat buffers, one after the other, so that no shard is padded.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -18,128 +18,110 @@ def group_size(tp_group: dist.ProcessGroup) -> int:
     return dist.get_world_size(tp_group)
 
 
-def group_ranks(tp_group: dist.ProcessGroup) -> tuple[int, ...]:
-    """Its ranks in the world."""
-    return tuple(dist.get_process_group_ranks(tp_group))
-
-
 def group_rank(tp_group: dist.ProcessGroup) -> int:
     """This rank's place in a group."""
     return dist.get_rank(tp_group)
 
 
+def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each tensor to its target, in few kernels where they lie in one piece."""
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a matrix is cut over the ranks of a group.
+
+    Attributes:
+        shape: global ``(m, n)``.
+        dim: dimension that is cut.
+        lengths: of each rank's shard along it, in shard order; 0 where a rank holds nothing.
+    """
+
+    shape: tuple[int, int]
+    dim: int
+    lengths: tuple[int, ...]
+
+    @property
+    def is_long_side(self) -> bool:
+        """Whether the longer side is cut; of a square that is the rows."""
+        return (self.shape[0] < self.shape[1]) == bool(self.dim)
+
+    def shard_shape(self, rank: int) -> tuple[int, int]:
+        """Of a rank's shard."""
+        length = self.lengths[rank]
+        return (self.shape[0], length) if self.dim else (length, self.shape[1])
+
+    def numel(self, rank: int) -> int:
+        """Elements of a rank's shard."""
+        return self.lengths[rank] * self.shape[1 - self.dim]
+
+    def shard(self, whole: Tensor, rank: int) -> Tensor:
+        """A rank's shard of ``(..., m, n)``, a view."""
+        return whole.narrow(self.dim - 2, sum(self.lengths[:rank]), self.lengths[rank])
+
+
+def even_cut(shape: tuple[int, int], dim: int, num_ranks: int) -> Cut:
+    """Equal shards."""
+    return Cut(shape, dim, (shape[dim] // num_ranks,) * num_ranks)
+
+
 class Shards:
-    """How the matrices of a batch are cut over the ranks of a group."""
+    """How the matrices of a batch, all of one shape, are cut over the ranks of a group."""
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        partition_dim: int,
-        tp_group: dist.ProcessGroup,
-        shard_rows: Sequence[Sequence[int]] | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        """Take the geometry.
-
-        Args:
-            shape: global ``(m, n)``.
-            partition_dim: 0 when the rows are cut, 1 when the columns are.
-            tp_group: ranks in shard order.
-            shard_rows: for each matrix the rows on each rank, where they are not all the same.
-            device: where the matrices are.
-        """
-        self.shape, self.partition_dim, self.tp_group = shape, partition_dim, tp_group
+    def __init__(self, cuts: Sequence[Cut], tp_group: dist.ProcessGroup) -> None:
+        """Take the cut of each matrix, and the ranks in shard order."""
+        self.cuts, self.tp_group = cuts, tp_group
         self.size, self.rank = group_size(tp_group), group_rank(tp_group)
-        self.height = shape[0] if partition_dim else shape[0] // self.size
-        self._gather_index: Tensor | None = None
-        if shard_rows is not None:
-            self.height = max(max(rows) for rows in shard_rows)
-            self._gather_index, self._cut_index = self._indices(shard_rows, device)
 
-    def _indices(
-        self, shard_rows: Sequence[Sequence[int]], device: torch.device | None
-    ) -> tuple[Tensor, Tensor]:
-        """Row of the padded shards for each row of the matrices, and the other way round.
-
-        ``(b, m)`` into ``size * height`` padded rows; ``(b, size * height)`` into ``m + 1`` rows, of
-        which the last is zero.
-        """
-        by_rows = {}  # layers repeat the same few cuts
-        for rows in set(map(tuple, shard_rows)):
-            starts = [0, *accumulate(rows)]
-            places = [(r, i) for r in range(self.size) for i in range(self.height)]
-            by_rows[rows] = (
-                [r * self.height + i for r, i in places if i < rows[r]],
-                [starts[r] + i if i < rows[r] else self.shape[0] for r, i in places],
-            )
-        gather, cut = zip(*(by_rows[tuple(rows)] for rows in shard_rows), strict=True)
-        return torch.tensor(gather, device=device), torch.tensor(cut, device=device)
-
-    def pad(self, part: Tensor) -> Tensor:
-        """A part ``(rows, n)`` with zero rows below it to the common height."""
-        missing = self.height - part.size(0) if self._gather_index is not None else 0
-        return F.pad(part, (0, 0, 0, missing)) if missing else part
-
-    def join(self, shards: Tensor, first: int = 0) -> Tensor:
-        """Whole matrices from every rank's shard.
+    def stage(self, num_tensors: int, **options: Any) -> tuple[Tensor, list[list[Tensor]]]:
+        """Room for this rank's shards of ``num_tensors`` tensors of each matrix.
 
         Args:
-            shards: ``(size, k, b, height, n)``, or ``(size, k, b, m, n / size)`` where columns are cut:
-                ``k`` tensors of each of ``b`` matrices.
-            first: place in the batch of the first of the ``b`` matrices.
+            num_tensors: tensors of each matrix.
+            options: dtype and device.
 
         Returns:
-            ``(k, b, m, n)``.
+            The flat room, of equal size on every rank, and for each tensor the views of it, one for each
+            matrix, to copy shards into.
         """
-        if self._gather_index is None:
-            return torch.cat(shards.unbind(), dim=self.partition_dim - 2)
-        padded = shards.movedim(0, 2).flatten(2, 3)
-        return _take_rows(padded, self._gather_index[first : first + padded.size(1)])
+        room = torch.empty(num_tensors * self.padded_numel(self.cuts, self.size), **options)
+        return room, self._views(room, self.rank, num_tensors)
 
-    def cut(self, whole: Tensor, first: int = 0) -> Tensor:
-        """Every rank's shard of whole matrices; the inverse of ``join``.
+    @staticmethod
+    def padded_numel(cuts: Sequence[Cut], num_ranks: int) -> int:
+        """Elements that each rank contributes to an all-gather: those of the rank that holds most."""
+        return max(sum(cut.numel(rank) for cut in cuts) for rank in range(num_ranks))
+
+    def gather(self, room: Tensor, num_tensors: int, members: range) -> Tensor:
+        """Whole matrices from what each rank has put into its room.
+
+        Collectives: one all-gather over ``tp_group``.
 
         Args:
-            whole: ``(b, m, n)``.
-            first: place in the batch of the first of the ``b`` matrices.
+            room: from ``stage``, filled.
+            num_tensors: as given to ``stage``.
+            members: matrices wanted on this rank, of ``b'``.
 
         Returns:
-            ``(size, b, height, n)``, or ``(size, b, m, n / size)`` where columns are cut.
+            ``(num_tensors, b', m, n)``.
         """
-        if self._gather_index is None:
-            return torch.stack(whole.chunk(self.size, dim=self.partition_dim + 1))
-        index = self._cut_index[first : first + whole.size(0)]
-        return _take_rows(_zero_below(whole), index).unflatten(1, (self.size, self.height)).movedim(1, 0)
+        gathered = room.new_empty(self.size * room.numel())
+        dist.all_gather_into_tensor(gathered, room, group=self.tp_group)
+        whole = room.new_empty((num_tensors, len(members), *self.cuts[0].shape))
+        for rank, part in enumerate(gathered.chunk(self.size)):
+            for shards, matrices in zip(self._views(part, rank, num_tensors), whole, strict=True):
+                targets = [self.cuts[i].shard(matrices[place], rank) for place, i in enumerate(members)]
+                copy_all_(targets, [shards[i] for i in members])
+        return whole
 
-    def own(self, whole: Tensor) -> Tensor:
-        """This rank's shard of the batch's whole matrices ``(b, m, n)``."""
-        if self._gather_index is None:
-            return whole.chunk(self.size, dim=self.partition_dim + 1)[self.rank]
-        start = self.rank * self.height
-        return _take_rows(_zero_below(whole), self._cut_index[:, start : start + self.height])
-
-    def gather(self, shards: Tensor) -> Tensor:
-        """Whole matrices of the batch on every rank.
-
-        Collectives: one all-gather of ``shards`` over ``tp_group``.
-
-        Args:
-            shards: ``(k, b, height, n)`` or ``(k, b, m, n / size)``: ``k`` tensors of each matrix.
-
-        Returns:
-            ``(k, b, m, n)``.
-        """
-        gathered = shards.new_empty((self.size * shards.size(0), *shards.shape[1:]))
-        dist.all_gather_into_tensor(gathered, shards.contiguous(), group=self.tp_group)
-        return self.join(gathered.unflatten(0, (self.size, -1)))
-
-
-def _zero_below(whole: Tensor) -> Tensor:
-    """``(b, m, n)`` with one more row, of zeros."""
-    return F.pad(whole, (0, 0, 0, 1))
-
-
-def _take_rows(X: Tensor, index: Tensor) -> Tensor:
-    """``X[..., i, index[i, j], :]`` for ``X`` ``(..., b, p, n)`` and ``index`` ``(b, m)``."""
-    shape = (*X.shape[:-2], index.size(-1), X.size(-1))
-    return X.gather(-2, index.unsqueeze(-1).expand(shape))
+    def _views(self, room: Tensor, rank: int, num_tensors: int) -> list[list[Tensor]]:
+        views: list[list[Tensor]] = []
+        offset = 0
+        for _ in range(num_tensors):
+            views.append([])
+            for cut in self.cuts:
+                views[-1].append(room[offset : offset + cut.numel(rank)].view(cut.shard_shape(rank)))
+                offset += cut.numel(rank)
+        return views

@@ -12,15 +12,3 @@ def update_momentum_(momentum: Tensor, gradient: Tensor, beta: float) -> None:
         beta: in [0, 1).
     """
     momentum.lerp_(gradient.to(momentum.dtype), 1 - beta)
-
-
-def direction(momentum: Tensor, gradient: Tensor, beta: float, nesterov: bool) -> Tensor:
-    """Nesterov's ``(1 - beta) G + beta M``, or ``M``, from the momentum after its update.
-
-    Args:
-        momentum: any shape.
-        gradient: same shape.
-        beta: in [0, 1).
-        nesterov: look ahead by one gradient.
-    """
-    return gradient.to(momentum.dtype).lerp(momentum, beta) if nesterov else momentum

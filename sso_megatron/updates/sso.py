@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from sso_megatron.linalg.coefficients import Coefficients
-from sso_megatron.linalg.polar import Total, frobenius_norm, frobenius_normalize
-from sso_megatron.linalg.polar_line import PolarLine, add_rank_one, polar_line
+from sso_megatron.linalg.polar import Total, frobenius_norm
+from sso_megatron.linalg.polar_line import CutLine, PolarFactor, PolarLine, WholeLine, add_rank_one
 from sso_megatron.linalg.power_iteration import TopSingular, power_iteration, start_basis
-from sso_megatron.linalg.root_finding import Root, bisect_root, track_root
+from sso_megatron.linalg.root_finding import bisect_root, track_root
+from sso_megatron.linalg.tangent import TangentRotation, rotate_to_tangent
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class SSORule:
         tangent: ``solve``, ``project`` or ``none``.
         solver: ``tracking`` or ``bisection``; matters for ``solve`` alone.
         num_trials: trials of the tracking solver once it is warm.
-        tolerance: on ``|h(lam)|``; bisection stops there.
+        tolerance: on ``|h(lam)|``, where bisection stops.
         max_iterations: halvings of the bisection.
         hard_retraction: scale to the radius exactly; otherwise by ``1 +- alpha lr``.
         retract_alpha: ``alpha`` of the dynamic retraction (eq. 34).
@@ -80,7 +81,8 @@ class SSOStats:
         lam: ``(b,)`` accepted ``lam``.
         residual: ``(b,)`` ``h(lam)`` before it was removed.
         num_trials: ``(b,)`` ``msign`` evaluations.
-        converged: ``(b,)`` ``|h(lam)| <= tolerance``.
+        converged: ``(b,)`` whether the search came near enough: bisection to its tolerance; tracking to
+            0.3, from where a rotation costs less than a thousandth of the objective.
     """
 
     sigma: Tensor
@@ -90,10 +92,15 @@ class SSOStats:
     converged: Tensor
 
 
-# A start without state: passes of the power iteration (random block, no gap known), trials of the
-# tracking solver, and a slope in the middle of what small GPTs show (5 .. 30).
+# A start without state: passes of the power iteration (random block, no gap known), and trials of the
+# tracking solver.
 _COLD_PASSES = 8
-_COLD_TRIALS = 8
+_COLD_TRIALS = 12
+# lam* was seen up to 0.2.
+_REACH = 0.05
+# |h| at which tracking has found the root; see SSOStats.
+_NEAR = 0.3
+# A slope in the middle of what small GPTs show (5 .. 30).
 _COLD_SLOPE = 10.0
 # First step of the published bracket; lam* was seen between 1e-5 and 0.2.
 _BRACKET_STEP = 1e-3
@@ -138,6 +145,7 @@ def retract_to_spectral_sphere_(
     lr: float,
     rule: SSORule,
     total: Total | None = None,
+    gram: Tensor | None = None,
 ) -> TopSingular:
     """Find the top singular triplet of every ``W`` and scale it to the sphere, in place.
 
@@ -147,11 +155,12 @@ def retract_to_spectral_sphere_(
         lr: learning rate, which dynamic retraction needs.
         rule: the step's settings.
         total: sum over the ranks that hold the other rows; None for whole matrices.
+        gram: ``(b, n, n)`` ``W^T W`` of all rows, where it is known already.
 
     Returns:
         The triplet of the weight before it was scaled.
     """
-    top = power_iteration(W, cache.basis, degree=rule.power_degree, total=total)
+    top = power_iteration(W, cache.basis, degree=rule.power_degree, total=total, gram=gram)
     cache.basis = top.basis
     W.mul_(retraction_factor(top.sigma, cache.radius, lr, rule)[:, None, None])
     return top
@@ -171,56 +180,110 @@ def sso_step_(
 
     Args:
         W: ``(b, m, n)`` weights, float32 or float64, whole logical matrices or this rank's rows.
-        N: ``(b, m, n)`` momentum direction, same dtype.
+        N: ``(b, m, n)`` momentum direction, same dtype; its memory is worked in.
         cache: used and updated.
         scale: factor of the update, of all or ``(b,)``.
         lr: learning rate.
         rule: the step's settings.
-        total: sum over the ranks that hold the other rows; None for whole matrices. It is called three
-            times a step, with ``(b, n, n)``, ``(b,)`` and ``(b, n + 1, n + 1)`` numbers.
+        total: sum over the ranks that hold the other rows; None for whole matrices. It is called twice a
+            step, with ``(b, n, n + 1)`` and ``(b, n + 1)`` float64 numbers.
     """
-    top = retract_to_spectral_sphere_(W, cache, lr=lr, rule=rule, total=total)
-    norm = frobenius_norm(N, total)
-    line = polar_line(frobenius_normalize(N, norm), top, norm > 0, rule.coefficients, total)
-    lam, num_trials, trial = (
-        torch.zeros_like(top.sigma),
-        torch.ones_like(top.sigma, dtype=torch.int64),
-        None,
-    )
-    if rule.tangent == "solve":
-        root = _solve(line, top, norm > 0, cache, rule)
-        lam, num_trials, trial = root.lam, root.num_trials, (root.value, root.extra)
-    h, Phi = line.accept(lam, trial)
-    if rule.tangent != "none":
-        # <Theta, Phi> = h exactly, so this puts Phi on the tangent space whatever the search left.
-        Phi = add_rank_one(Phi, -h, top.u, top.v)
-    if isinstance(scale, Tensor):
-        W.addcmul_(Phi, scale[:, None, None], value=-lr)
+    if total is None:
+        top = retract_to_spectral_sphere_(W, cache, lr=lr, rule=rule)
+        norm = frobenius_norm(N)
+        line: PolarLine = WholeLine(_divide_(N, norm), top, rule.coefficients)
     else:
-        W.add_(Phi, alpha=-lr * scale)
-    return SSOStats(top.sigma, lam, h, num_trials, h.abs() <= rule.tolerance)
+        M = N.double()
+        weight_gram, momentum_gram = _summed_grams(W, M, total)
+        top = retract_to_spectral_sphere_(W, cache, lr=lr, rule=rule, total=total, gram=weight_gram)
+        norm = momentum_gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt()
+        momentum_gram = _divide_(_divide_(momentum_gram, norm), norm)
+        line = CutLine(_divide_(M, norm), momentum_gram, top, rule.coefficients, total)
+    # A zero momentum has no direction, and msign(lam u v^T) would be a step along the weight itself.
+    moves = norm > 0
+    Phi, stats = _direction(line, top, moves, cache, rule)
+    W.addcmul_(Phi, (moves * scale).to(Phi.dtype)[:, None, None], value=-lr)
+    return stats
 
 
-def _solve(line: PolarLine, top: TopSingular, moves: Tensor, cache: SpectralCache, rule: SSORule) -> Root:
-    """``lam`` with ``h(lam) = <u v^T, msign(M + lam u v^T)> = 0``."""
-    if rule.solver == "bisection":
-        return bisect_root(
-            line.evaluate,
-            torch.zeros_like(top.sigma),
-            first_step=_BRACKET_STEP,
-            # |lam*| <= 2 ||M||_* (theorem A.3), and ||M||_* <= sqrt(rank) for ||M||_F = 1.
-            bound=2 * math.sqrt(cache.basis.size(-2)),
-            tolerance=rule.tolerance,
-            max_iterations=rule.max_iterations,
-        )
-    found = track_root(
-        line.evaluate,
-        cache.lam,
-        cache.slope,
-        tolerance=rule.tolerance,
-        num_trials=max(_COLD_TRIALS, rule.num_trials) if cache.is_cold else rule.num_trials,
-    )
+def _divide_(X: Tensor, norm: Tensor) -> Tensor:
+    """``X / norm`` in place; what is zero stays so."""
+    return X.div_(norm.to(X.dtype).clamp_min(torch.finfo(X.dtype).tiny)[:, None, None])
+
+
+def _summed_grams(W: Tensor, M: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+    """``W^T W`` in W's dtype and ``M^T M`` in float64, of all rows.
+
+    Both are symmetric: the lower triangle of one and the upper of the other travel as one matrix.
+    """
+    packed = torch.cat([W.mT @ W, W.new_empty(*W.shape[::2], 1)], dim=-1).to(M.dtype)
+    momentum = M.mT @ M
+    packed[..., :-1].tril_().add_(momentum.triu(1))
+    packed[..., -1] = momentum.diagonal(dim1=-2, dim2=-1)
+    packed = total(packed)
+    both, diagonal = packed[..., :-1], packed[..., -1]
+    weight, momentum = both.tril(), both.triu(1)
+    weight, momentum = weight + weight.tril(-1).mT, momentum + momentum.mT
+    momentum.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+    return weight.to(W.dtype), momentum
+
+
+def _direction(
+    line: PolarLine, top: TopSingular, moves: Tensor, cache: SpectralCache, rule: SSORule
+) -> tuple[Tensor, SSOStats]:
+    """The update's direction ``Phi``, and what was seen on the way to it."""
+    if rule.tangent == "solve":
+        follow = _bisect if rule.solver == "bisection" else _track
+        return follow(line, top, moves, cache, rule)
+    factor = line.factor()
+    h = (factor.w * factor.v).sum(dim=-1)
+    once = torch.ones_like(h, dtype=torch.int64)
+    stats = SSOStats(top.sigma, torch.zeros_like(top.sigma), h, once, h.abs() <= rule.tolerance)
+    if rule.tangent == "none":
+        return factor.matrix(), stats
+    return factor.changed((-h[:, None] * factor.u).unsqueeze(-1), factor.v.unsqueeze(-1)), stats
+
+
+def _track(
+    line: PolarLine, top: TopSingular, moves: Tensor, cache: SpectralCache, rule: SSORule
+) -> tuple[Tensor, SSOStats]:
+    """Go on from the last step's ``lam``, and rotate what is left of ``h`` away."""
+
+    def accept(lam: Tensor) -> tuple[Tensor, tuple[PolarFactor, TangentRotation]]:
+        factor = line.factor(lam)
+        rotation = rotate_to_tangent(factor)
+        return rotation.h.to(lam.dtype), (factor, rotation)
+
+    num_trials = max(_COLD_TRIALS, rule.num_trials) if cache.is_cold else rule.num_trials
+    measure = line.measure_exactly if cache.is_cold else line.measure
+    # A momentum that is nearly Theta, of which only lam = -<Theta, M> leaves anything else, is farther away
+    # than lam is in training.
+    reach = line.along.abs().clamp_min(_REACH).to(cache.lam.dtype)
+    found = track_root(measure, accept, cache.lam, cache.slope, reach=reach, num_trials=num_trials)
     cache.is_cold = False
     cache.lam = torch.where(moves, found.next_lam, cache.lam)
     cache.slope = torch.where(moves, found.slope, cache.slope)
-    return found.root
+    trials = torch.full_like(found.lam, num_trials, dtype=torch.int64)
+    stats = SSOStats(top.sigma, found.lam, found.value, trials, found.value.abs() <= _NEAR)
+    factor, rotation = found.extra
+    return factor.changed(rotation.left, rotation.right), stats
+
+
+def _bisect(
+    line: PolarLine, top: TopSingular, moves: Tensor, cache: SpectralCache, rule: SSORule
+) -> tuple[Tensor, SSOStats]:
+    """The published search, and what it leaves of ``h`` subtracted."""
+    root = bisect_root(
+        line.evaluate,
+        torch.zeros_like(top.sigma),
+        first_step=_BRACKET_STEP,
+        # |lam*| <= 2 ||M||_* (theorem A.3), and ||M||_* <= sqrt(rank) for ||M||_F = 1.
+        bound=2 * math.sqrt(cache.basis.size(-2)),
+        tolerance=rule.tolerance,
+        max_iterations=rule.max_iterations,
+    )
+    Phi = line.accept(root.lam, root.extra)
+    u, v = top.u.to(Phi.dtype), top.v.to(Phi.dtype)
+    Phi = add_rank_one(Phi, -root.value.to(Phi.dtype), u, v)
+    stats = SSOStats(top.sigma, root.lam, root.value, root.num_trials, root.converged)
+    return Phi, stats

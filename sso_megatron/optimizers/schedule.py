@@ -1,0 +1,243 @@
+"""The logical matrices of an optimizer's parameters in batches, and the order in which a step takes them.
+
+The ranks of a tensor-parallel group make the same batches of cut matrices, whatever the order of their
+parameters. All that communicates is sorted by parameter group and name, which ranks agree on: so ranks
+that share several groups meet in all of them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from sso_megatron.matrices.layout import ParameterLayout, Split
+from sso_megatron.optimizers.batches import MatrixBatch, Member
+from sso_megatron.optimizers.config import SpectralConfig
+from sso_megatron.parallel.cost import PolarWork
+from sso_megatron.parallel.exchange import Exchange
+from sso_megatron.parallel.placement import Local, Owner, place
+from sso_megatron.parallel.plan import CutMatrix, ExchangePlan, GroupPlan, Traffic, plan_group
+from sso_megatron.parallel.shards import Cut, Shards, even_cut, group_rank, group_size
+
+Order = tuple[int, tuple[Any, ...]]
+"""Parameter group and name."""
+
+
+class Needs(Protocol):
+    """What an algorithm's step takes; see ``SpectralOptimizer``."""
+
+    def polar_work(self) -> PolarWork:
+        """Newton-Schulz iterations."""
+
+    def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes for a whole matrix."""
+
+    def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        """Bytes for this rank's rows of a matrix."""
+
+
+@dataclass
+class ExchangedBatches:
+    """Batches whose matrices are brought to their owners, over all shapes and parameter groups.
+
+    Attributes:
+        exchange: brings them.
+        members: by their places in the exchange's plan.
+        rounds: batches of each round, each with the places of its ``here``.
+    """
+
+    exchange: Exchange
+    members: list[Member]
+    rounds: list[list[tuple[MatrixBatch, list[int]]]]
+
+
+Unit = MatrixBatch | ExchangedBatches
+
+
+@dataclass
+class Schedule:
+    """What a step does.
+
+    Attributes:
+        batches: all of them; those of cut matrices in the same order on every rank of their group.
+        units: in the order in which a step takes them.
+        meanwhile: for each time that the exchanges among ``units`` send, in their order, the batches that
+            are worked on until that has arrived. They need no communication.
+    """
+
+    batches: list[MatrixBatch]
+    units: list[Unit]
+    meanwhile: list[list[MatrixBatch]]
+
+
+def make_schedule(
+    groups: list[dict[str, Any]],
+    find_layout: Callable[[dict[str, Any], int], ParameterLayout],
+    shared: SpectralConfig,
+    needs: Needs,
+) -> Schedule:
+    """Batch and order all logical matrices of the groups.
+
+    Args:
+        groups: parameter groups of the optimizer.
+        find_layout: layout of the parameter at a place in a group.
+        shared: placement and workspace.
+        needs: of the algorithm.
+    """
+    local: dict[tuple[Any, ...], list[Member]] = {}
+    cut: dict[tuple[Any, ...], list[tuple[int, Member]]] = {}
+    for index, group in enumerate(groups):
+        for position, param in enumerate(group["params"]):
+            layout = find_layout(group, position)
+            for split in layout.splits:
+                if shared.tp_mode == "blockwise" and split.partition_dim is not None:
+                    split = _block(split, layout.tp_group)
+                member = Member(param, layout, split)
+                if split.partition_dim is not None:
+                    key = (id(layout.tp_group), member.dtype, param.device)
+                    cut.setdefault(key, []).append((index, member))
+                elif split.rows:
+                    local.setdefault((index, split.shape, member.dtype, param.device), []).append(member)
+    units: list[tuple[Order, Unit]] = []
+    for members in cut.values():
+        members.sort(key=_order)
+        units += _cut_units(members, groups, shared, needs)
+    exchanges = [unit.exchange for _, unit in units if isinstance(unit, ExchangedBatches)]
+    workspace = shared.workspace_mib << 20
+    left = min((workspace - exchange.plan.staged for exchange in exchanges), default=0)
+    meanwhile: list[tuple[Order, MatrixBatch]] = []
+    for (index, shape, dtype, _), matrices in local.items():
+        matrices.sort(key=lambda member: member.order)
+        need = needs.workspace(shape, dtype)
+        # What does not fit beside matrices on their way has its own turn.
+        where, size = (meanwhile, left // need) if left >= need else (units, max(1, workspace // need))
+        for k in range(0, len(matrices), size):
+            part = matrices[k : k + size]
+            batch = MatrixBatch(part, groups[index], Local(len(part), shape), None, "local")
+            where.append(((index, part[0].order), batch))
+    units.sort(key=_first)
+    meanwhile.sort(key=_first)
+    num_waits = sum(exchange.num_boundaries for exchange in exchanges)
+    waits = _spread([batch for _, batch in meanwhile], num_waits, needs.polar_work())
+    batches = [batch for _, unit in units for batch in _batches_of(unit)] + [b for _, b in meanwhile]
+    return Schedule(batches, [unit for _, unit in units], waits)
+
+
+def _first(entry: tuple[Order, Any]) -> Order:
+    return entry[0]
+
+
+def _order(entry: tuple[int, Member]) -> Order:
+    return entry[0], entry[1].order
+
+
+def _batches_of(unit: Unit) -> list[MatrixBatch]:
+    if isinstance(unit, MatrixBatch):
+        return [unit]
+    return [batch for batches in unit.rounds for batch, _ in batches]
+
+
+def _block(split: Split, tp_group: Any) -> Split:
+    """This rank's shard as a matrix of its own."""
+    rows = sum(stop - start for start, stop in split.rows)
+    columns = split.shape[1] // (group_size(tp_group) if split.partition_dim == 1 else 1)
+    block = f"block{group_rank(tp_group)}"
+    label = f"{split.label}.{block}" if split.label else block
+    return replace(split, label=label, shape=(rows, columns), partition_dim=None, shard_rows=None)
+
+
+def _cut_units(
+    numbered: list[tuple[int, Member]], groups: list[dict[str, Any]], shared: SpectralConfig, needs: Needs
+) -> Iterator[tuple[Order, Unit]]:
+    """Units of one tensor-parallel group, dtype and device; ``numbered`` says the parameter group, too."""
+    members = [member for _, member in numbered]
+    dtype, tp_group = members[0].dtype, members[0].layout.tp_group
+    cuts = [_cut(member.split, group_size(tp_group)) for member in members]
+    plan = _plan([index for index, _ in numbered], cuts, dtype, shared, needs)
+
+    def shards_of(places: list[int]) -> Shards:
+        return Shards([cuts[i] for i in places], tp_group)
+
+    for mode, places in plan.batches:
+        shards = shards_of(places)
+        group = groups[numbered[places[0]][0]]
+        batch = MatrixBatch([members[i] for i in places], group, place(mode, shards), shards, mode)
+        yield _order(numbered[places[0]]), batch
+    if plan.exchange is None:
+        return
+    rounds: list[list[tuple[MatrixBatch, list[int]]]] = []
+    for batches in plan.exchange.rounds:
+        rounds.append([])
+        for places in batches:
+            shards = shards_of(places)
+            here = _owned(places, plan.exchange, shards.rank)
+            group = groups[numbered[places[0]][0]]
+            placement = Owner(shards, here)
+            batch = MatrixBatch([members[i] for i in places], group, placement, shards, "owner")
+            rounds[-1].append((batch, places[here.start : here.stop]))
+    exchange = Exchange(plan.exchange, tp_group, dtype, members[0].param.device)
+    yield _order(numbered[min(plan.exchange.owners)]), ExchangedBatches(exchange, members, rounds)
+
+
+def _cut(split: Split, tp_size: int) -> Cut:
+    assert split.partition_dim is not None
+    if split.shard_rows is None:
+        return even_cut(split.shape, split.partition_dim, tp_size)
+    return Cut(split.shape, split.partition_dim, split.shard_rows)
+
+
+def _plan(
+    groups: Sequence[int], cuts: Sequence[Cut], dtype: torch.dtype, shared: SpectralConfig, needs: Needs
+) -> GroupPlan:
+    """For matrices in order; ``groups`` has the parameter group of each."""
+    matrices = [
+        CutMatrix(
+            cut,
+            kind=(index, cut.shape, cut.dim),
+            itemsize=dtype.itemsize,
+            workspace=needs.workspace(cut.shape, dtype),
+            cut_workspace=needs.cut_workspace(max(cut.lengths), cut.shape[1 - cut.dim], dtype),
+        )
+        for index, cut in zip(groups, cuts, strict=True)
+    ]
+    return plan_group(
+        matrices,
+        len(cuts[0].lengths),
+        mode=shared.tp_mode,
+        workspace=shared.workspace_mib << 20,
+        work=needs.polar_work(),
+        flops_per_byte=shared.flops_per_byte,
+    )
+
+
+def step_traffic(
+    cuts: Sequence[Cut], shared: SpectralConfig, needs: Needs, dtype: torch.dtype = torch.float32
+) -> Traffic:
+    """What a warm step moves over a tensor-parallel group, counted without one.
+
+    Args:
+        cuts: of the matrices that the group cuts, by name, of one parameter group.
+        shared: placement and workspace.
+        needs: of the algorithm.
+        dtype: that the step works in.
+    """
+    return _plan([0] * len(cuts), cuts, dtype, shared, needs).traffic()
+
+
+def _owned(places: list[int], plan: ExchangePlan, rank: int) -> range:
+    """Where a rank's matrices stand in a batch; owners stand in it one after the other."""
+    owners = [plan.owners[i] for i in places]
+    first = sum(owner < rank for owner in owners)
+    return range(first, first + owners.count(rank))
+
+
+def _spread(batches: list[MatrixBatch], num_waits: int, work: PolarWork) -> list[list[MatrixBatch]]:
+    """About equal work for each wait."""
+    waits: list[list[MatrixBatch]] = [[] for _ in range(num_waits)]
+    costs = [len(batch.members) * work.flops(batch.shape) for batch in batches]
+    done, total = 0.0, sum(costs)
+    for batch, cost in zip(batches, costs, strict=True):
+        waits[int((done + cost / 2) / total * num_waits)].append(batch)
+        done += cost
+    return waits
