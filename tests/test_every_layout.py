@@ -176,7 +176,9 @@ def test_every_tp_mode_dense(dense: Model, mode: str, layout: str) -> None:
     ranks, tp, flags = DENSE_LAYOUTS[layout]
     run = dense.train(ranks, tp, [*flags, "--spectral-tp-mode", mode])
     assert_same_run(run, dense.reference)
-    assert set().union(*run.saved("modes")) == {"local", mode}  # type: ignore[arg-type]
+    # Squares that are cut by columns, such as the output projection, go to owners.
+    owned = {"owner"} if mode == "distributed" else set()
+    assert set().union(*run.saved("modes")) == {"local", mode} | owned  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", TP_MODES)
@@ -184,7 +186,9 @@ def test_every_tp_mode_moe(moe: Model, mode: str) -> None:
     ranks, tp, flags = MOE_LAYOUTS["tp2-ep2-etp2"]
     run = moe.train(ranks, tp, [*flags, "--spectral-tp-mode", mode])
     assert_same_run(run, moe.reference)
-    assert set().union(*run.saved("modes")) == {"local", mode}  # type: ignore[arg-type]
+    # Squares that are cut by columns, such as the output projection, go to owners.
+    owned = {"owner"} if mode == "distributed" else set()
+    assert set().union(*run.saved("modes")) == {"local", mode} | owned  # type: ignore[arg-type]
 
 
 def test_the_support_matrix_is_what_is_tested() -> None:
