@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from memory import PeakMemory
 from probes import Collectives, save
 
 from sso_megatron import SSO
+from sso_megatron.cli.bench_meters import PeakMemory
 from sso_megatron.matrices.layout import ParameterLayout, Split, gate_up_splits, section_splits, whole
 from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.config import SpectralConfig
@@ -112,7 +112,7 @@ def dense() -> None:
     if task["measures_memory"]:
         with PeakMemory() as memory:
             optimizer.step()
-        save("peak", memory.peak)
+        save("peak", memory.peak_bytes)
     save("final", {name: param.detach() for name, param in params.items()})
     save("collectives", seen.steps[0])
     save("finished", finished)

@@ -140,10 +140,11 @@ def train_guarded() -> None:
 @pytest.mark.parametrize("settings", [{}, {"tangent": "none"}], ids=["sso", "muon_sphere"])
 @pytest.mark.parametrize("mode", ["duplicated", "owner", "distributed"])
 def test_no_host_synchronisation_on_two_ranks(megatron: Megatron, mode: str, settings: Any) -> None:
-    shapes = {"rows": [24, 36, 0, None], "columns": [36, 24, 1, None], "whole": [10, 14, None, None]}
-    matrices = shapes | {f"layer {i}": [24, 36, 0, None] for i in range(3)}
+    shapes = {"rows": [36, 24, 0, None], "columns": [24, 36, 1, None], "whole": [10, 14, None, None]}
+    matrices = shapes | {f"layer {i}": [36, 24, 0, None] for i in range(3)}
     task = {"matrices": matrices, "mode": mode, "steps": 6, "gradients": "noise", "settings": settings}
     run = megatron.run([json.dumps(task)], 2, main="test_host_syncs:train_guarded")
+    assert all(set(modes.values()) == {"local", mode} for modes in run.saved("modes"))
     for first, *others in run.saved("syncs"):
         assert first, "the look at the radii"
         assert others == [{}] * 5

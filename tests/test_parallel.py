@@ -15,6 +15,7 @@ MATRICES: dict[str, Any] = {
     "tall rows": [48, 18, 0, None],
     "columns": [36, 24, 1, None],
     "short columns": [48, 12, 1, None],
+    "wide columns": [18, 36, 1, None],
     "square": [30, 30, 0, None],
     **{f"layer {i}": [24, 36, 0, None] for i in range(4)},
     "whole": [10, 14, None, None],

@@ -114,14 +114,16 @@ def test_masters_of_bfloat16(megatron) -> None:  # type: ignore[no-untyped-def]
     go_on(megatron, Layout(2, tp=2), ["--bf16"], start, tolerance=4e-3)
 
 
-def test_singular_vectors_of_the_other_side_are_found_again(megatron) -> None:  # type: ignore[no-untyped-def]
-    """Cut columns keep left singular vectors, whole square matrices right ones."""
+FOUND_AGAIN = "they are found again from the weights"
+
+
+def test_singular_vectors_are_found_again_for_other_matrices_only(megatron) -> None:  # type: ignore[no-untyped-def]
     distributed = Layout(2, tp=2, flags=("--spectral-tp-mode", "distributed"))
     start = straight(megatron, distributed, [])
-    run = go_on(megatron, Layout(1), [], start)
-    assert run.log.count("they are found again from the weights") == 1
-    back = leg(megatron, distributed, [], start, stop=11)
-    assert "they are found again from the weights" not in back.log
+    assert FOUND_AGAIN not in go_on(megatron, Layout(1), [], start).log
+    for flags in (("--spectral-qkv-split", "group"), ("--sso-power-block", 8)):
+        run = leg(megatron, Layout(1, flags=flags), [], start, stop=11)
+        assert run.log.count(FOUND_AGAIN) == 1
 
 
 EXPERTS = {"plain": ([], []), "sharded": (SHARDED, SHARDED), "sharded-and-back": (SHARDED, [])}

@@ -177,7 +177,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _trials(contestant: Contestant) -> list[int]:
-    """``msign`` evaluations of the last step, of each matrix that this rank worked on."""
+    """Trials of the last step, of each matrix that this rank worked on."""
     batches = contestant.spectral.batches if contestant.spectral else []
     return [trials for batch in batches if batch.stats for trials in batch.stats.num_trials.tolist()]
 

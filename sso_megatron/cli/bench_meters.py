@@ -7,7 +7,6 @@ and the others must see them whole.
 
 import contextlib
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -16,6 +15,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -274,7 +274,7 @@ class PeakMemory(Meter):
         """
         self.peak_bytes = 0
         self._live_bytes = 0
-        self._sizes: dict[int, int] = {}
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
         is_cuda = torch.device(device).type == "cuda"
         super().__init__([self._cuda_peak(device) if is_cuda else _OnOperators(self._on_operator)])
 
@@ -282,14 +282,15 @@ class PeakMemory(Meter):
         given = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(out):
             key = storage._cdata
-            if key not in given and key not in self._sizes:
-                self._sizes[key] = storage.nbytes()
-                self._live_bytes += storage.nbytes()
-                weakref.finalize(storage, self._freed, key)
-        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
-
-    def _freed(self, key: int) -> None:
-        self._live_bytes -= self._sizes.pop(key)
+            if key not in given:
+                _, replaced = self._made.get(key, (None, 0))  # of a storage that was freed
+                self._made[key] = (StorageWeakRef(storage), storage.nbytes())
+                self._live_bytes += storage.nbytes() - replaced
+        if self._live_bytes > self.peak_bytes:  # unless some of it is gone
+            sizes = {key: (ref, _size_of(ref)) for key, (ref, _) in self._made.items()}
+            self._made = {key: entry for key, entry in sizes.items() if entry[1]}
+            self._live_bytes = sum(size for _, size in self._made.values())
+            self.peak_bytes = max(self.peak_bytes, self._live_bytes)
 
     @contextlib.contextmanager
     def _cuda_peak(self, device: torch.device | str) -> Iterator[None]:
@@ -297,6 +298,12 @@ class PeakMemory(Meter):
         before = torch.cuda.memory_allocated(device)
         yield
         self.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+
+
+def _size_of(ref: StorageWeakRef) -> int:
+    """Bytes of a storage; 0 when it is freed, or was emptied by ``resize_``."""
+    storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
+    return 0 if storage is None else int(storage.nbytes())
 
 
 def _storages(values: Any) -> Iterable[torch.UntypedStorage]:

@@ -1,8 +1,8 @@
 """The polar factor ``msign(X) = U V^T`` of ``X = U S V^T`` by a Newton-Schulz iteration.
 
-Matrices may be cut along their rows over several ranks. Functions then take ``total``, which adds
-a tensor up over those ranks: products that contract the cut dimension go through it, everything else
-is local. Without ``total`` matrices are whole.
+Where matrices are cut along their rows over several ranks, functions of this package take ``total``,
+which adds a tensor up over those ranks: products that contract the cut dimension go through it,
+everything else is local. Without ``total`` matrices are whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,32 +24,21 @@ _STEPS_ON_FIRST_GRAM = 3
 _GRAM_RATIO = 2
 
 
-def frobenius_norm(X: Tensor, total: Total | None = None) -> Tensor:
+def frobenius_norm(X: Tensor) -> Tensor:
     """``||X||_F`` of each matrix of a batch, ``(b,)`` float64, which neither over- nor underflows.
 
     Args:
         X: ``(b, m, n)``, floating point.
-        total: sum over the ranks that hold the other rows.
     """
     # By the largest entry: a sum in float64 takes twenty times as long on a CPU.
     largest = torch.linalg.vector_norm(X, ord=torch.inf, dim=(-2, -1), keepdim=True)
     scaled = X / largest.clamp_min(torch.finfo(X.dtype).tiny)
-    norm = torch.linalg.vector_norm(scaled, dim=(-2, -1)).double() * largest[:, 0, 0].double()
-    return norm if total is None else total(norm.square()).sqrt()
+    return torch.linalg.vector_norm(scaled, dim=(-2, -1)).double() * largest[:, 0, 0].double()
 
 
-def frobenius_normalize(X: Tensor, norm: Tensor | None = None) -> Tensor:
-    """``X / ||X||_F`` for each matrix of a batch; a zero matrix stays zero.
-
-    Args:
-        X: ``(b, m, n)``, floating point.
-        norm: ``(b,)`` from ``frobenius_norm``, where rows are cut or it is known already.
-
-    Returns:
-        A new ``(b, m, n)`` tensor.
-    """
-    norm = (frobenius_norm(X) if norm is None else norm).clamp_min(torch.finfo(X.dtype).tiny)
-    return X / norm.to(X.dtype)[:, None, None]
+def divide_(X: Tensor, norm: Tensor) -> Tensor:
+    """``X / norm`` of ``(b, m, n)`` and ``(b,)`` in place; a matrix of norm 0 stays zero."""
+    return X.div_(norm.to(X.dtype).clamp_min(torch.finfo(X.dtype).tiny)[:, None, None])
 
 
 def msign(X: Tensor, coefficients: Coefficients) -> Tensor:
@@ -70,15 +59,18 @@ def msign(X: Tensor, coefficients: Coefficients) -> Tensor:
     """
     if X.dtype not in (torch.float32, torch.float64):
         X = X.float()
-    return msign_of_unit(frobenius_normalize(X), coefficients)
+    return msign_of_unit(divide_(X.clone(), frobenius_norm(X)), coefficients)
 
 
 def msign_of_unit(X: Tensor, coefficients: Coefficients) -> Tensor:
-    """``msign`` of matrices of Frobenius norm 1, or 0.
+    """``msign`` of matrices of Frobenius norm 1, or 0, without another copy of them.
 
     Args:
-        X: ``(b, m, n)``, float32 or float64.
+        X: ``(b, m, n)``, float32 or float64; read only.
         coefficients: one ``(a, b, c)`` a step.
+
+    Returns:
+        ``(b, m, n)``.
     """
     is_tall = X.size(-2) >= X.size(-1)
     Y = X if is_tall else X.mT

@@ -1,9 +1,9 @@
 """``msign`` along the line ``M + lam u v^T``, and its inner product with the line's direction.
 
-What SSO's search for lambda evaluates: ``h(lam) = <u v^T, msign(M + lam u v^T)>``. Whole matrices
-run the Newton-Schulz iteration anew for each trial. Matrices whose rows are cut over ranks use that
-the Gram matrix changes along the line by rank two, so that all trials and the accepted one together
-need one sum over the ranks.
+What SSO's search for lambda evaluates (arXiv 2601.08393, Algorithm 1): ``h(lam) = <u v^T,
+msign(M + lam u v^T)>``. Along the line the Gram matrix changes by rank two, so that trials need products
+of the short side's size alone, and matrices whose rows are cut over ranks one sum for all of them. A
+whole matrix's accepted trial is an ordinary ``msign``.
 """
 
 from functools import cached_property
@@ -14,6 +14,7 @@ from torch import Tensor
 from sso_megatron.linalg.coefficients import Coefficients
 from sso_megatron.linalg.polar import (
     Total,
+    divide_,
     gram_polynomial,
     gram_polynomial_times,
     msign,
@@ -42,7 +43,7 @@ class WholeFactor:
         self.w = times(self._Phi.mT, self.u)
         self.u_square = self.u.square().sum(dim=-1)
 
-    @cached_property
+    @property
     def mean(self) -> Tensor:
         """Mean singular value of ``Z``, ``(b,)``."""
         return torch.linalg.vecdot(self._Z, self._Phi).sum(dim=-1) / self._Z.size(-1)
@@ -72,7 +73,7 @@ class WholeFactor:
 class CutFactor:
     """``Phi = msign(Z) = Z Q`` of matrices whose rows are cut; attributes as ``WholeFactor``'s.
 
-    The rows are the long side, however many they are. Everything but ``image`` and ``changed`` is of the
+    The rows are the long side. Everything but ``image`` and ``changed`` is of the
     uncut side's size and the same on every rank.
     """
 
@@ -82,7 +83,7 @@ class CutFactor:
         self.u, self.v, self.u_square = u, line.v, line.c[:, 0]
         self.w = times(Q, x)
 
-    @cached_property
+    @property
     def mean(self) -> Tensor:
         """Mean singular value of ``Z``, ``(b,)``."""
         return torch.linalg.vecdot(self._R, self._Q).sum(dim=-1) / self._R.size(-1)
@@ -123,7 +124,7 @@ class GramLine:
         self.gram, self.a, self.c, self.v = gram, a, c, v
 
     def of(self, rows: Tensor | None) -> "GramLine":
-        """That of some members."""
+        """That of some members, ``(k,)`` indices, or of all."""
         if rows is None:
             return self
         return GramLine(*(x[rows] for x in (self.gram, self.a, self.c, self.v)))
@@ -149,38 +150,46 @@ class GramLine:
 
 
 class WholeLine:
-    """The line for whole matrices. ``factor`` works in the memory of ``M``, and comes last."""
+    """The line for whole matrices, which works in the memory of ``M``; ``factor`` comes last.
+
+    It is measured from the point of it that is orthogonal to ``u v^T``: where ``lam u v^T`` cancels nearly
+    all of ``M``, a Gram matrix of ``M`` itself keeps nothing of the rest in float32.
+    """
 
     def __init__(self, M: Tensor, top: TopSingular, coefficients: Coefficients) -> None:
         """Take the line from ``M`` along ``u v^T``.
 
         Args:
-            M: ``(b, m, n)`` of Frobenius norm 1, or 0; float32 or float64. ``factor`` overwrites it.
+            M: ``(b, m, n)`` of Frobenius norm 1, or 0; float32 or float64. It is overwritten.
             top: ``u`` ``(b, m)`` and ``v`` ``(b, n)``, the line's direction.
             coefficients: one ``(a, b, c)`` a Newton-Schulz step.
         """
         self._M, self._top, self._coefficients = M, top, coefficients
 
-    def gram_line(self, dtype: torch.dtype) -> GramLine:
-        """Its Gram matrix along it, worked out in ``dtype``."""
-        M, u, v = (x.to(dtype) for x in (self._M, self._top.u, self._top.v))
+    @cached_property
+    def along(self) -> Tensor:
+        """``u^T M v``, ``(b,)``: a momentum along the direction alone is cancelled at minus that."""
+        return (self._top.u * times(self._M, self._top.v)).sum(dim=-1)
+
+    @cached_property
+    def _centre(self) -> Tensor:
+        """``M - along u v^T``, in the memory of ``M``."""
+        return add_rank_one_(self._M, -self.along, self._top.u, self._top.v)
+
+    def _gram_line(self, dtype: torch.dtype) -> GramLine:
+        """Gram matrices along the line, from its centre, worked out in ``dtype``."""
+        M, u, v = (x.to(dtype) for x in (self._centre, self._top.u, self._top.v))
         if M.size(-2) < M.size(-1):
             M, u, v = M.mT, v, u
         return GramLine(M.mT @ M, times(M.mT, u), u.square().sum(dim=-1, keepdim=True), v)
 
     @cached_property
     def _rough(self) -> GramLine:
-        return self.gram_line(self._M.dtype)
+        return self._gram_line(self._M.dtype)
 
     @cached_property
     def _exact(self) -> GramLine:
-        return self.gram_line(torch.float64)
-
-    @property
-    def along(self) -> Tensor:
-        """See ``GramLine``; before ``factor``."""
-        top = self._top
-        return (top.u * times(self._M, top.v)).sum(dim=-1)
+        return self._gram_line(torch.float64)
 
     def measure(self, lam: Tensor) -> Tensor:
         """``h(lam)`` ``(b,)`` before ``factor``, to 6e-3 in the median: enough to find the next trial.
@@ -188,18 +197,18 @@ class WholeLine:
         With fewer steps, on one Gram matrix; measured on recorded steps of a GPT, where it is off by
         3e-2 at worst.
         """
-        return self._rough.measure(lam, _fewer(self._coefficients))
+        return self._rough.measure(lam + self.along, _fewer(self._coefficients))
 
     def measure_exactly(self, lam: Tensor) -> Tensor:
         """``h(lam)`` ``(b,)`` before ``factor``, in float64."""
-        return self._exact.measure(lam, self._coefficients)
+        return self._exact.measure(lam + self.along, self._coefficients)
 
     def evaluate(self, lam: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``h(lam)`` ``(k,)`` and ``msign`` ``(k, m, n)`` of the batch's members ``rows`` (all)."""
-        M, u, v = self._M, self._top.u, self._top.v
+        M, u, v, along = self._centre, self._top.u, self._top.v, self.along
         if rows is not None:
-            M, u, v = M[rows], u[rows], v[rows]
-        Phi = msign(add_rank_one(M, lam, u, v), self._coefficients)
+            M, u, v, along = M[rows], u[rows], v[rows], along[rows]
+        Phi = msign(add_rank_one(M, lam + along, u, v), self._coefficients)
         return (u * times(Phi, v)).sum(dim=-1), Phi
 
     def accept(self, lam: Tensor, Phi: Tensor) -> Tensor:
@@ -207,12 +216,11 @@ class WholeLine:
         return Phi
 
     def factor(self, lam: Tensor | None = None) -> WholeFactor:
-        """``msign`` at ``lam`` (0 if it is left out), once: ``M`` is overwritten."""
+        """``msign`` at ``lam``, or of ``M`` as it came if ``lam`` is left out; once."""
         Z, top = self._M, self._top
         if lam is not None:
-            Z.baddbmm_((lam[:, None] * top.u).unsqueeze(-1), top.v.unsqueeze(-2))
-            norm = torch.linalg.vector_norm(Z, dim=(-2, -1), keepdim=True)
-            Z.div_(norm.clamp_min(torch.finfo(Z.dtype).tiny))
+            Z = add_rank_one_(self._centre, lam + self.along, top.u, top.v)
+            divide_(Z, torch.linalg.vector_norm(Z, dim=(-2, -1)))
         return WholeFactor(Z, msign_of_unit(Z, self._coefficients), top)
 
 
@@ -302,3 +310,8 @@ def _fewer(coefficients: Coefficients) -> Coefficients:
 def add_rank_one(X: Tensor, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """``X + weight u v^T`` of ``(b, m, n)``, ``(b,)``, ``(b, m)`` and ``(b, n)``."""
     return torch.baddbmm(X, (weight[:, None] * u).unsqueeze(-1), v.unsqueeze(-2))
+
+
+def add_rank_one_(X: Tensor, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """As ``add_rank_one``, in place."""
+    return X.baddbmm_((weight[:, None] * u).unsqueeze(-1), v.unsqueeze(-2))

@@ -166,7 +166,7 @@ def _load_spectral(parts: list[Part], loaded: dict[str, Any]) -> None:
     if num_missing and dist.get_rank() == 0:
         print(
             f"sso_megatron: for {num_missing / num_matrices:.0%} of the matrices the checkpoint has no "
-            "singular vectors of the kind that this layout keeps; they are found again from the weights",
+            "singular vectors; they are found again from the weights",
             flush=True,
         )
 

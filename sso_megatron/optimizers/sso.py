@@ -184,7 +184,7 @@ class SSO(SpectralOptimizer):
         return [{key: column[i].clone() for key, column in columns.items()} for i in range(len(cache.lam))]
 
     def fits(self, batch: MatrixBatch, state: MatrixState) -> bool:
-        """Whether the singular vectors are those that this placement keeps, and a radius is there."""
+        """Whether the singular vectors are there in the wanted number, and the radius where it is kept."""
         side = self._side(batch)
         height = batch.shape[1 if side == "right_vectors" else 0]
         wanted = (height, min(self.config.power_block, height))
@@ -192,10 +192,8 @@ class SSO(SpectralOptimizer):
         return has_radius and side in state and state[side].shape == wanted
 
     def _side(self, batch: MatrixBatch) -> str:
-        """Which singular vectors the cache holds: of the short side, or of the side that is not cut."""
-        if batch.placement.total is None:
-            return "right_vectors" if batch.shape[0] >= batch.shape[1] else "left_vectors"
-        return "left_vectors" if batch.members[0].split.partition_dim else "right_vectors"
+        """Which singular vectors the cache holds: those of the short side, whatever the placement."""
+        return "right_vectors" if batch.shape[0] >= batch.shape[1] else "left_vectors"
 
     def _go_on_from(self, state: MatrixState, batch: MatrixBatch, cache: SpectralCache, index: int) -> None:
         cache.lam[index], cache.slope[index] = state["lam"], state["slope"]

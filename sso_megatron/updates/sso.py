@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sso_megatron.linalg.coefficients import Coefficients
-from sso_megatron.linalg.polar import Total, frobenius_norm
+from sso_megatron.linalg.polar import Total, divide_, frobenius_norm
 from sso_megatron.linalg.polar_line import CutLine, PolarFactor, PolarLine, WholeLine, add_rank_one
 from sso_megatron.linalg.power_iteration import TopSingular, power_iteration, start_basis
 from sso_megatron.linalg.root_finding import bisect_root, track_root
@@ -80,7 +80,7 @@ class SSOStats:
         sigma: ``(b,)`` spectral norm of the weight before retraction.
         lam: ``(b,)`` accepted ``lam``.
         residual: ``(b,)`` ``h(lam)`` before it was removed.
-        num_trials: ``(b,)`` ``msign`` evaluations.
+        num_trials: ``(b,)`` trials; bisection's are all of ``msign``, of tracking's the last.
         converged: ``(b,)`` whether the search came near enough: bisection to its tolerance; tracking to
             0.3, from where a rotation costs less than a thousandth of the objective.
     """
@@ -96,7 +96,7 @@ class SSOStats:
 # tracking solver.
 _COLD_PASSES = 8
 _COLD_TRIALS = 12
-# lam* was seen up to 0.2.
+# How far a step of the tracking solver may always go; in training lam* moves by less, and is up to 0.2.
 _REACH = 0.05
 # |h| at which tracking has found the root; see SSOStats.
 _NEAR = 0.3
@@ -191,24 +191,19 @@ def sso_step_(
     if total is None:
         top = retract_to_spectral_sphere_(W, cache, lr=lr, rule=rule)
         norm = frobenius_norm(N)
-        line: PolarLine = WholeLine(_divide_(N, norm), top, rule.coefficients)
+        line: PolarLine = WholeLine(divide_(N, norm), top, rule.coefficients)
     else:
         M = N.double()
         weight_gram, momentum_gram = _summed_grams(W, M, total)
         top = retract_to_spectral_sphere_(W, cache, lr=lr, rule=rule, total=total, gram=weight_gram)
         norm = momentum_gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt()
-        momentum_gram = _divide_(_divide_(momentum_gram, norm), norm)
-        line = CutLine(_divide_(M, norm), momentum_gram, top, rule.coefficients, total)
+        momentum_gram = divide_(divide_(momentum_gram, norm), norm)
+        line = CutLine(divide_(M, norm), momentum_gram, top, rule.coefficients, total)
     # A zero momentum has no direction, and msign(lam u v^T) would be a step along the weight itself.
     moves = norm > 0
     Phi, stats = _direction(line, top, moves, cache, rule)
     W.addcmul_(Phi, (moves * scale).to(Phi.dtype)[:, None, None], value=-lr)
     return stats
-
-
-def _divide_(X: Tensor, norm: Tensor) -> Tensor:
-    """``X / norm`` in place; what is zero stays so."""
-    return X.div_(norm.to(X.dtype).clamp_min(torch.finfo(X.dtype).tiny)[:, None, None])
 
 
 def _summed_grams(W: Tensor, M: Tensor, total: Total) -> tuple[Tensor, Tensor]:

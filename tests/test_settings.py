@@ -1,0 +1,66 @@
+"""What SSO and MuonSphere refuse, and that they say the value, the rule and the way out."""
+
+import math
+
+import pytest
+import torch
+
+from sso_megatron import SSO, MuonSphere, SSOConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"momentum": 1.0}, r"momentum=1.0 must lie in \[0, 1\); the default is 0.9"),
+        (
+            {"radius_scaler": 0.0},
+            "radius_scaler=0.0 must be positive and finite; the default is 1.0",
+        ),
+        (
+            {"radius_mode": "rms"},
+            "radius_mode='rms' must be one of spectral_mup, identity, from_weights; the default",
+        ),
+        (
+            {"scale_mode": "x"},
+            "scale_mode='x' must be one of spectral_mup, align_adam_rms, spectral_kaiming",
+        ),
+        ({"retract_mode": "soft"}, "retract_mode='soft' must be one of hard, dynamic"),
+        ({"tangent": "yes"}, "tangent='yes' must be one of solve, project, none"),
+        ({"solver": "newton"}, "solver='newton' must be one of tracking, bisection"),
+        ({"solver_trials": 1}, "solver_trials=1 must be at least 2; the default is 2"),
+        ({"solver_tolerance": -1.0}, "solver_tolerance=-1.0 must be positive"),
+        ({"msign_steps": 0}, "msign_steps=0 must be at least 1; the default is 8"),
+        ({"coefficient_type": "cubic"}, "coefficient_type='cubic' must be one of .*polar_express"),
+        ({"power_block": 0}, "power_block=0 must be at least 1"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
+        ({"lr": -1.0}, "lr=-1.0 must not be negative"),
+    ],
+)
+def test_errors_name_value_rule_and_way_out(settings: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(ValueError, match=message):
+        SSO([torch.nn.Parameter(torch.randn(4, 4))], **settings)
+
+
+def test_other_errors() -> None:
+    matrix = torch.nn.Parameter(torch.randn(4, 4))
+    with pytest.raises(ValueError, match=r"shape \(4,\) is no matrix; .*torch.optim.AdamW"):
+        SSO([matrix, torch.nn.Parameter(torch.randn(4))])
+    optimizer = SSO([matrix])
+    for bad, message in (
+        ({"params": [torch.nn.Parameter(torch.randn(5))]}, "is no matrix"),
+        ({"params": [torch.nn.Parameter(torch.randn(0, 4))]}, "is no matrix"),
+        (
+            {"params": [torch.nn.Parameter(torch.randn(4, 4))], "momentum": 0.5},
+            "momentum in a parameter group is not",
+        ),
+        ({"params": [torch.nn.Parameter(torch.randn(4, 4))], "lr": math.inf}, "lr=inf must not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group(bad)
+        assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="'project' is not MuonSphere's"):
+        MuonSphere([matrix], tangent="project")
+    with pytest.raises(TypeError, match="not both"):
+        SSO([matrix], config=SSOConfig(), momentum=0.5)
+    with pytest.raises(TypeError, match="rho"):
+        SSO([matrix], rho=1)
