@@ -1,9 +1,12 @@
 """Functions that a rank runs beside training, to look at the sharded optimizer by value."""
 
 import functools
+import itertools
+import os
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -92,9 +95,91 @@ def buffers() -> None:
                         kinds[data.untyped_storage().data_ptr()] = (what, whose)
         module.dist_reduce_scatter_func = counting("reduce_scatter", module.dist_reduce_scatter_func, 1)
         module.dist_all_gather_func = counting("all_gather", module.dist_all_gather_func, 0)
+        early = torch.distributed.all_gather_into_tensor
+        torch.distributed.all_gather_into_tensor = counting("all_gather", early, 0)
         torch.distributed.all_reduce = counting("all_reduce", torch.distributed.all_reduce, 0)
 
     around_train(watch, lambda model, optimizer: save("collectives", counted))
+
+
+def gather_late() -> None:
+    """Have every step gather as the first one does."""
+    from sso_megatron.mcore import layer_wise
+
+    layer_wise._gathers_quantized = lambda chunk: True
+
+
+def gathers() -> None:
+    """Save what each optimizer step did, in order: gathers with their ends, batches, the step's end."""
+    from sso_megatron.optimizers.base import SpectralOptimizer
+    from sso_megatron.optimizers.sso import SSO
+
+    labels: dict[tuple[int, int], str] = {}  # by address and size
+    steps: list[list[str]] = [[]]  # what came before the first
+
+    def watch(model: Any, optimizer: Any) -> None:
+        for i, chunk in enumerate(model):
+            for whose, buffers in (("dense", chunk.buffers), ("experts", chunk.expert_parallel_buffers)):
+                for buffer in buffers:
+                    whole = getattr(buffer.params[0], "is_managed_by_layer_wise_optimizer", False)
+                    for bucket in buffer.buckets:
+                        what = "matrices" if whole else "others"
+                        label = f"gather {i} {whose} {what} {bucket.bucket_id}"
+                        labels[bucket.param_data.data_ptr(), bucket.param_data.numel()] = label
+        step = optimizer.step
+
+        @functools.wraps(step)
+        def watched() -> Any:
+            steps.append([])
+            return step()
+
+        optimizer.step = watched
+
+    def noting(original: Callable[..., Any], event: str) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            steps[-1].append(event)
+            return result
+
+        return noted
+
+    gather = torch.distributed.all_gather_into_tensor
+
+    @functools.wraps(gather)
+    def noted_gather(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        work = gather(output, *args, **kwargs)
+        label = labels.get((output.data_ptr(), output.numel()))
+        if label is None:
+            return work
+        steps[-1].append(label)
+        return SimpleNamespace(wait=noting(work.wait, "end of " + label))
+
+    torch.distributed.all_gather_into_tensor = noted_gather
+    SSO.update_batch_ = noting(SSO.update_batch_, "batch")
+    SpectralOptimizer.step = noting(SpectralOptimizer.step, "stepped")
+    around_train(watch, lambda model, optimizer: save("gathers", steps[1:]))
+
+
+def fail_in_a_step() -> None:
+    """Raise on the last rank in the third step, after the batch with which the first bucket is finished."""
+    from sso_megatron.mcore.param_gather import ParamGather
+
+    step, take, count = ParamGather.step, ParamGather._take, itertools.count(1)
+    state = {"gathers": 0}
+
+    def counted(self: Any) -> None:
+        state["gathers"] = next(count)
+        step(self)
+
+    def failing(self: Any, written: list[torch.Tensor]) -> None:
+        take(self, written)
+        is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        # The first step of a run has no early gathers, so this is the third one's.
+        if state["gathers"] == 2 and is_last and len(self._handles) > 1:
+            raise RuntimeError("out of something")
+
+    ParamGather.step, ParamGather._take = counted, failing
 
 
 def groups() -> None:

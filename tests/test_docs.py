@@ -117,8 +117,8 @@ def check_make(words: list[str]) -> None:
 
 
 def check_sso_megatron(words: list[str]) -> None:
-    """Run ``data``; words that name a file which only an example has are parsed alone."""
-    from sso_megatron.cli import data, export
+    """Run ``data``, and ``bench`` on less; what names files of an example, or ranks, is parsed alone."""
+    from sso_megatron.cli import bench, data, export
     from sso_megatron.cli.main import main
 
     if words[0] == "first-run":
@@ -126,9 +126,12 @@ def check_sso_megatron(words: list[str]) -> None:
         return
     parser = argparse.ArgumentParser(exit_on_error=False)
     subparsers = parser.add_subparsers()
-    data.add_parser(subparsers)
-    export.add_parser(subparsers)
+    for command in (bench, data, export):
+        command.add_parser(subparsers)
     options = parser.parse_args(words)
+    if words[0] == "bench" and options.tp == 1:
+        small = shlex.split("--hidden 128 --layers 2 --repeats 2 --warmup 1")
+        assert main([*words, *small]) == 0
     if getattr(options, "tokenizer", None) == "byte":
         assert main(words) == 0
         assert Path(f"{options.output}.json").is_file()

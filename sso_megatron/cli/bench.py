@@ -16,8 +16,8 @@ from sso_megatron.optimizers.config import SpectralConfig, SSOConfig, choices_of
 
 OPTIMIZERS = ("adamw", "muon", "muon_sphere", "sso_tracking", "sso_bisection")
 LAYOUTS = ("fused", "split")
-# Some two minutes on two CPU cores; bisection takes most of them.
-_HIDDEN, _LAYERS, _ROUNDS, _WARMUP = 256, 2, 10, 3
+# Some five minutes on two CPU cores; bisection takes most of them.
+_HIDDEN, _LAYERS, _ROUNDS, _WARMUP = 512, 4, 5, 2
 
 
 def add_parser(subparsers: Any) -> None:

@@ -4,6 +4,8 @@ Imports Megatron, hence is itself imported when an optimizer is built and not be
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from megatron.core.utils import get_pg_rank
 
 from sso_megatron.mcore import compat
 from sso_megatron.mcore.chain import SpectralChain
+from sso_megatron.mcore.param_gather import ParamGather
 
 
 class SpectralLayerWiseOptimizer(LayerWiseDistributedOptimizer):
@@ -89,39 +92,62 @@ def _owned(layout: Any, rank: int) -> list[torch.Tensor]:
     return owned
 
 
-_GATHERING = (DistributedOptimizer, LayerWiseDistributedOptimizer)
-
-
 class ShardedChain(SpectralChain):
-    """Spectral and AdamW optimizers whose parameters are gathered together once all have stepped.
+    """Spectral and AdamW optimizers whose parameters are gathered together.
 
     In Megatron-Core 0.19 each part gathers the bucket groups that it takes for its own by their first
     bucket. From the second model chunk on (interleaved pipelines) one group holds the buckets of all
     parts and is gathered before the last of them has stepped: parameters stay one step behind.
     """
 
+    def __init__(self, chained_optimizers: list[Any]) -> None:
+        """Take Megatron's optimizers."""
+        super().__init__(chained_optimizers)
+        self._adamw = [part for part in chained_optimizers if isinstance(part, DistributedOptimizer)]
+        self._spectral = [part for part in chained_optimizers if part not in self._adamw]
+        self._gather = ParamGather(self._spectral, self.model_chunks)
+        self._has_stepped = False
+
     @torch.no_grad()
     def _step_parts(self) -> bool:
-        """Step every part, then gather.
+        """Step every part, AdamW first, since it is fast, and gather.
 
         Collectives: those of the parts; with ``overlap_param_gather`` no more, for the next forward pass
-        gathers; else one all-gather of each bucket over its data-parallel group.
+        gathers; else one all-gather of each bucket over its data-parallel group, most of them started
+        while the spectral part steps.
         """
-        success = True
-        for part in self.chained_optimizers:
-            # What the class inherits: its own step would gather.
-            gathering = next(cls for cls in _GATHERING if isinstance(part, cls))
-            success &= super(gathering, part).step_with_ready_grads()
-        if self.config.overlap_param_gather:
+        # What the classes inherit: their own steps would gather.
+        success = all([super(DistributedOptimizer, part).step_with_ready_grads() for part in self._adamw])
+        overlaps = self.config.overlap_param_gather
+        if self._has_stepped and not overlaps and not any(map(_gathers_quantized, self.model_chunks)):
+            with self._timed("optimizer-inner-step"):
+                self._gather.step()
+            with self._timed("params-all-gather"):
+                self._gather.finish()
             return success
+        for part in self._spectral:
+            success &= super(LayerWiseDistributedOptimizer, part).step_with_ready_grads()
+        self._has_stepped = True
+        if not overlaps:
+            with self._timed("params-all-gather"):
+                for chunk in self.model_chunks:
+                    chunk.start_param_sync()
+        return success
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Megatron's timer of that name."""
         timers = self.config.timers
         if timers is not None:
-            timers("params-all-gather", log_level=1).start(barrier=self.config.barrier_with_L1_time)
-        for chunk in self.model_chunks:
-            chunk.start_param_sync()
+            timers(name, log_level=1).start(barrier=self.config.barrier_with_L1_time)
+        yield
         if timers is not None:
-            timers("params-all-gather").stop()
-        return success
+            timers(name).stop()
+
+
+def _gathers_quantized(chunk: Any) -> bool:
+    """Whether what is gathered is not what the parameters hold."""
+    return any(getattr(chunk.ddp_config, name, False) for name in ("fp8_param_gather", "fp4_param_gather"))
 
 
 def build(config: Any, model_chunks: list[Any], config_overrides: Any, pg_collection: Any) -> ShardedChain:
