@@ -50,6 +50,9 @@ setup(
     # NVIDIA's fused-kernel library that Megatron can use is built from source. The package of
     # the same name on PyPI is unrelated: it must never appear in these lists.
     extras_require={
+        # Symmetric products (--sso-symmetric-kernel quack), for Hopper and Blackwell. The version is that
+        # which gram-newton-schulz 0.1.6 is pinned to.
+        "gpu": ["quack-kernels==0.5.0"],
         "te": ["transformer-engine[core_cu13,pytorch]"],
         "dev": [
             "import-linter>=2.1,<3",

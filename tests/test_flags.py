@@ -38,6 +38,8 @@ OTHER: dict[str, dict[str, object]] = {
         "solver_max_iterations": 30,
         "msign_steps": 5,
         "coefficient_type": "quintic",
+        "msign_precision": "tf32",
+        "symmetric_kernel": "triton",
         "power_block": 4,
         "power_degree": 3,
         "weight_decay": 0.05,
@@ -50,6 +52,7 @@ COMPANIONS = {
     "solver_tolerance": ("solver", "bisection"),
     "solver_max_iterations": ("solver", "bisection"),
     "retract_alpha": ("retract_mode", "dynamic"),
+    "symmetric_kernel": ("msign_precision", "bf16"),
 }
 
 

@@ -110,6 +110,7 @@ LAYERS = ["cli", "mcore", "optimizers", "parallel", "matrices", "updates", "lina
         ("mcore/entry.py", "from megatron.core.optimizer import emerging_optimizers", None),
         ("parallel/batch.py", "import torch.distributed as dist", None),
         ("linalg/coefficients.py", "from emerging_optimizers import utils", None),
+        ("linalg/symmetric.py", "from emerging_optimizers import triton_kernels", None),
         ("updates/sso.py", "from sso_megatron.linalg import coefficients", None),
         ("linalg/polar.py", "from sso_megatron import updates", "layers"),
         ("cli/main.py", "from sso_megatron import run", "layers"),
@@ -126,7 +127,8 @@ LAYERS = ["cli", "mcore", "optimizers", "parallel", "matrices", "updates", "lina
 def test_contracts_catch(tmp_path: Path, module: str, statement: str, broken: str | None) -> None:
     stub = tmp_path / "sso_megatron"
     (stub / "linalg").mkdir(parents=True)
-    (stub / "linalg" / "coefficients.py").write_text("import emerging_optimizers\n")
+    for exception in ("coefficients", "symmetric"):
+        (stub / "linalg" / f"{exception}.py").write_text("import emerging_optimizers\n")
     (stub / "__init__.py").touch()
     for name in ("version", "pretrain_gpt", "run"):
         (stub / f"{name}.py").touch()
@@ -161,6 +163,7 @@ def test_contracts_catch(tmp_path: Path, module: str, statement: str, broken: st
         ("sso_megatron/linalg/polar.py", "from emerging_optimizers import utils", True),
         ("sso_megatron/optimizers/sso.py", "from megatron.core import mpu", True),
         ("sso_megatron/linalg/coefficients.py", "from emerging_optimizers import utils", False),
+        ("sso_megatron/linalg/symmetric.py", "from emerging_optimizers import utils", False),
         ("sso_megatron/parallel/batch.py", "import torch.distributed as dist", False),
         ("sso_megatron/mcore/entry.py", "import megatron.core", False),
         ("sso_megatron/cli/main.py", "import megatron.core", False),

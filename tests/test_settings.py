@@ -34,6 +34,15 @@ from sso_megatron import SSO, MuonSphere, SSOConfig
         ({"power_block": 0}, "power_block=0 must be at least 1"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
         ({"lr": -1.0}, "lr=-1.0 must not be negative"),
+        ({"lr": torch.tensor(-1.0)}, r"lr=tensor\(-1.\) must not be negative"),
+        ({"lr": torch.tensor([0.1])}, r"lr=tensor\(\[0.1000\]\) must be a float, or .* of shape \(\)"),
+        ({"lr": torch.tensor(1)}, r"lr=tensor\(1\) must be a float, or a floating-point tensor"),
+        (
+            {"lr": torch.tensor(0.1, device="meta")},
+            "must be a float, or .* on the device of its par",
+        ),
+        ({"msign_precision": "fp16"}, "msign_precision='fp16' must be one of fp32, tf32, bf16"),
+        ({"symmetric_kernel": "triton"}, "symmetric_kernel='triton' needs msign_precision='bf16'; the def"),
     ],
 )
 def test_errors_name_value_rule_and_way_out(settings: dict, message: str) -> None:  # type: ignore[type-arg]

@@ -5,23 +5,37 @@ which adds a tensor up over those ranks: products that contract the cut dimensio
 everything else is local. Without ``total`` matrices are whole.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from sso_megatron.linalg.coefficients import Coefficients
+from sso_megatron.linalg.symmetric import PLAIN, Products
 
 Total = Callable[[Tensor], Tensor]
 """Sum of a tensor over the ranks that hold the other rows; every rank gets the same result."""
 
-# Newton-Schulz steps on the first Gram matrix in float32. It squares the condition: eight steps on it lose
-# singular values below 3e-4 and err by 1e-2. Three steps have lifted those so far that the rest can go on
-# one more Gram matrix; the result is as exact as the ordinary form's (four steps: five times worse).
-_STEPS_ON_FIRST_GRAM = 3
 # Measured in float32 on CPU cores, eight steps: at long = 2 short the Gram form takes 0.9 of the ordinary
 # form's time, at 3 short 0.7 and at 1.5 short 1.2.
 _GRAM_RATIO = 2
+
+
+def _restarts(precision: str, num_steps: int) -> tuple[int, ...]:
+    """Steps after which the Gram form takes another Gram matrix, which squares the condition.
+
+    In float32 eight steps on one lose singular values below 3e-4 and err by 1e-2. Three steps have lifted
+    those so far that the rest can go on one more; the result is as exact as the ordinary form's (four
+    steps: five times worse).
+
+    Below float32 rounding makes small eigenvalues negative, and a step multiplies them by up to 67. Of the
+    objective ``<X, msign(X)>`` at equal spectral norm the stops chosen lose 6e-4 in TF32 and 5e-3 in
+    bfloat16 at worst, over eleven spectra, flat and steep, with gaps and spikes, at 2:1 and 8:1; the
+    ordinary form loses 6e-4 and 4e-3. One stop after three steps loses 4e-2 in TF32 and diverges in
+    bfloat16, where stops after 2, 4 and 6 lose 1e-2.
+    """
+    return (3,) if precision == "fp32" else (2, 4, *range(6, num_steps))
 
 
 def frobenius_norm(X: Tensor) -> Tensor:
@@ -41,47 +55,56 @@ def divide_(X: Tensor, norm: Tensor) -> Tensor:
     return X.div_(norm.to(X.dtype).clamp_min(torch.finfo(X.dtype).tiny)[:, None, None])
 
 
-def msign(X: Tensor, coefficients: Coefficients) -> Tensor:
+def msign(X: Tensor, coefficients: Coefficients, products: Products = PLAIN) -> Tensor:
     """Polar factor of every matrix of a batch (Polar Express form, arXiv 2505.16932).
 
     Singular values of ``X / ||X||_F`` above the lower bound of the table (1e-3 for polar_express)
     become 1 to the table's accuracy; smaller ones, zero included, stay smaller than 1.
 
     A long matrix goes by the Gram form (``gram_polynomial``), whose products are of the short side's
-    size; after three steps comes a second Gram matrix.
+    size, on a few Gram matrices one after the other.
 
     Args:
         X: ``(b, m, n)`` whole matrices, float32 or float64; half precision is raised to float32.
         coefficients: one ``(a, b, c)`` a step, from ``polar_coefficients``.
+        products: how those of float32 are made.
 
     Returns:
         ``(b, m, n)`` in the precision that was worked in.
     """
     if X.dtype not in (torch.float32, torch.float64):
         X = X.float()
-    return msign_of_unit(divide_(X.clone(), frobenius_norm(X)), coefficients)
+    return msign_of_unit(divide_(X.clone(), frobenius_norm(X)), coefficients, products)
 
 
-def msign_of_unit(X: Tensor, coefficients: Coefficients) -> Tensor:
+def msign_of_unit(X: Tensor, coefficients: Coefficients, products: Products = PLAIN) -> Tensor:
     """``msign`` of matrices of Frobenius norm 1, or 0, without another copy of them.
 
     Args:
         X: ``(b, m, n)``, float32 or float64; read only.
         coefficients: one ``(a, b, c)`` a step.
+        products: how those of float32 are made.
 
     Returns:
         ``(b, m, n)``.
     """
+    products = products.for_dtype(X.dtype)
     is_tall = X.size(-2) >= X.size(-1)
-    Y = X if is_tall else X.mT
-    if is_long(X.shape[-2:]):
-        for part in (coefficients[:_STEPS_ON_FIRST_GRAM], coefficients[_STEPS_ON_FIRST_GRAM:]):
-            Y = Y @ gram_polynomial(Y.mT @ Y, part) if part else Y
-    else:
-        for a, b, c in coefficients:
-            A = Y.mT @ Y
-            Y = torch.baddbmm(Y, Y, torch.baddbmm(A, A, A, beta=b, alpha=c), beta=a)
+    # The ordinary form is a new Gram matrix after every step.
+    num_steps = len(coefficients)
+    stops = _restarts(products.precision, num_steps) if is_long(X.shape[-2:]) else range(1, num_steps)
+    with products.setting():
+        Y = products.operand(X if is_tall else X.mT)
+        for part in _parts(coefficients, stops):
+            a, Q = _polynomial(products.gram(Y), part, products)
+            Y = torch.baddbmm(Y, Y, Q, beta=a) if a else Y @ Q
+    Y = Y.to(X.dtype)
     return Y if is_tall else Y.mT
+
+
+def _parts(coefficients: Coefficients, stops: Iterable[int]) -> list[Coefficients]:
+    inner = [stop for stop in stops if stop < len(coefficients)]
+    return [coefficients[i:j] for i, j in itertools.pairwise([0, *inner, len(coefficients)])]
 
 
 def is_long(shape: Sequence[int]) -> bool:
@@ -103,13 +126,23 @@ def gram_polynomial(R: Tensor, coefficients: Coefficients) -> Tensor:
     Returns:
         ``(b, n, n)``, symmetric.
     """
-    Q = R
+    return _polynomial(R, coefficients, PLAIN)[1]
+
+
+def _polynomial(R: Tensor, coefficients: Coefficients, products: Products) -> tuple[float, Tensor]:
+    """``(a, Q)`` with ``X (a I + Q) = msign(X)``; ``a`` is 0 in full precision. See ``gram_polynomial``."""
+    scale, Q = 0.0, R
     for step, (a, b, c) in enumerate(coefficients):
-        P = _step_polynomial(R, a, b, c)
-        Q = P if step == 0 else Q @ P
+        a, Z = _step_polynomial(R, a, b, c, products)
+        if step == 0:
+            scale, Q = a, Z
+        else:  # (scale + Q) (a + Z)
+            Q = products.symmetric(Q, Z, Q, beta=a)
+            Q = Q.add_(Z, alpha=scale) if scale else Q
+            scale *= a
         if step + 1 < len(coefficients):
-            R = _next_gram(P, R)
-    return Q
+            R = _next_gram(R, a, Z, products)
+    return scale, Q
 
 
 def gram_polynomial_times(R: Tensor, x: Tensor, coefficients: Coefficients) -> Tensor:
@@ -124,7 +157,7 @@ def gram_polynomial_times(R: Tensor, x: Tensor, coefficients: Coefficients) -> T
         image = times(R, x)
         x = a * x + b * image + c * times(R, image)
         if step + 1 < len(coefficients):
-            R = _next_gram(_step_polynomial(R, a, b, c), R)
+            R = _next_gram(R, *_step_polynomial(R, a, b, c, PLAIN), PLAIN)
     return x
 
 
@@ -139,14 +172,22 @@ def times_thin(A: Tensor, X: Tensor) -> Tensor:
     return (X.mT @ A.mT).mT
 
 
-def _step_polynomial(R: Tensor, a: float, b: float, c: float) -> Tensor:
-    """``a + b R + c R^2``."""
-    P = torch.baddbmm(R, R, R, beta=b, alpha=c)
-    P.diagonal(dim1=-2, dim2=-1).add_(a)
-    return P
+def _step_polynomial(R: Tensor, a: float, b: float, c: float, products: Products) -> tuple[float, Tensor]:
+    """``(a, Z)`` with ``a I + Z = a I + b R + c R^2``; in full precision ``a`` is in the matrix, and 0.
+
+    In less, the diagonal would round away the small entries that carry small singular values; apart from
+    them it costs another pass over a matrix in each product.
+    """
+    Z = products.symmetric(R, R, R, beta=b, alpha=c)
+    if products.precision != "fp32":
+        return a, Z
+    Z.diagonal(dim1=-2, dim2=-1).add_(a)
+    return 0.0, Z
 
 
-def _next_gram(P: Tensor, R: Tensor) -> Tensor:
-    """``P R P``. In float64 all steps go on one Gram matrix, where lost symmetry would grow."""
-    R = P @ R @ P
+def _next_gram(R: Tensor, a: float, Z: Tensor, products: Products) -> Tensor:
+    """``P R P`` for ``P = a I + Z``."""
+    T = products.symmetric(Z, R, R, beta=a)
+    R = products.symmetric(T, Z, T, beta=a)
+    # In float64 all steps go on one Gram matrix, where lost symmetry would grow.
     return (R + R.mT) / 2 if R.dtype == torch.float64 else R

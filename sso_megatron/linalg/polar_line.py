@@ -23,6 +23,7 @@ from sso_megatron.linalg.polar import (
     times_thin,
 )
 from sso_megatron.linalg.power_iteration import TopSingular
+from sso_megatron.linalg.symmetric import PLAIN, Products
 
 
 class WholeFactor:
@@ -156,15 +157,18 @@ class WholeLine:
     all of ``M``, a Gram matrix of ``M`` itself keeps nothing of the rest in float32.
     """
 
-    def __init__(self, M: Tensor, top: TopSingular, coefficients: Coefficients) -> None:
+    def __init__(
+        self, M: Tensor, top: TopSingular, coefficients: Coefficients, products: Products = PLAIN
+    ) -> None:
         """Take the line from ``M`` along ``u v^T``.
 
         Args:
             M: ``(b, m, n)`` of Frobenius norm 1, or 0; float32 or float64. It is overwritten.
             top: ``u`` ``(b, m)`` and ``v`` ``(b, n)``, the line's direction.
             coefficients: one ``(a, b, c)`` a Newton-Schulz step.
+            products: how those of ``msign`` are made; all others are in M's dtype.
         """
-        self._M, self._top, self._coefficients = M, top, coefficients
+        self._M, self._top, self._coefficients, self._products = M, top, coefficients, products
 
     @cached_property
     def along(self) -> Tensor:
@@ -208,7 +212,7 @@ class WholeLine:
         M, u, v, along = self._centre, self._top.u, self._top.v, self.along
         if rows is not None:
             M, u, v, along = M[rows], u[rows], v[rows], along[rows]
-        Phi = msign(add_rank_one(M, lam + along, u, v), self._coefficients)
+        Phi = msign(add_rank_one(M, lam + along, u, v), self._coefficients, self._products)
         return (u * times(Phi, v)).sum(dim=-1), Phi
 
     def accept(self, lam: Tensor, Phi: Tensor) -> Tensor:
@@ -221,7 +225,7 @@ class WholeLine:
         if lam is not None:
             Z = add_rank_one_(self._centre, lam + self.along, top.u, top.v)
             divide_(Z, torch.linalg.vector_norm(Z, dim=(-2, -1)))
-        return WholeFactor(Z, msign_of_unit(Z, self._coefficients), top)
+        return WholeFactor(Z, msign_of_unit(Z, self._coefficients, self._products), top)
 
 
 class CutLine:

@@ -83,7 +83,8 @@ def check_request(args: argparse.Namespace) -> None:
         "fp16": "float16 gradients overflow the spectral step; use --bf16",
         "use_torch_fsdp2": "FSDP cuts matrices where no spectral step can see them; leave it out",
         "use_megatron_fsdp": "FSDP cuts matrices where no spectral step can see them; leave it out",
-        "optimizer_cuda_graph": "the learning rate would stay what it was at capture; leave it out",
+        "optimizer_cuda_graph": "a replay cannot skip a step whose gradient norm is not finite; leave it "
+        "out",
         "optimizer_cpu_offload": "the spectral step runs on the device; leave it out",
         "use_precision_aware_optimizer": "gradients would be clipped for AdamW alone; leave it out",
         "fp8_param_gather": "matrices are gathered in the precision they are kept in; leave it out",
@@ -166,6 +167,7 @@ _READ_ONLY_WITH = {
         "solver_tolerance": ("solver", "bisection"),
         "solver_max_iterations": ("solver", "bisection"),
         "retract_alpha": ("retract_mode", "dynamic"),
+        "symmetric_kernel": ("msign_precision", "bf16"),
     },
 }
 

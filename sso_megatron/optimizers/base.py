@@ -32,6 +32,10 @@ class SpectralOptimizer(torch.optim.Optimizer):
     number grows with the number of matrices only where these exceed the workspace. They are issued
     whether or not parameters have gradients. The ranks of a group must agree on which have one.
 
+    After a first step with every gradient a step can be captured in a CUDA graph, but with bisection. Its
+    replays take gradients, and ``lr`` if that is a tensor, from where they lay at capture, and do not call
+    ``on_written``. Loading state makes other tensors: capture again.
+
     Attributes:
         on_written: called in a step with parameters that the step is done with, as soon as it is: each
             parameter once, those without a gradient included.
@@ -43,7 +47,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         self,
         params: ParamsT,
         *,
-        lr: float,
+        lr: float | Tensor,
         momentum: float,
         nesterov: bool,
         weight_decay: float,
@@ -313,6 +317,18 @@ class SpectralOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
+def _check_lr(lr: float | Tensor, params: list[Tensor]) -> None:
+    if isinstance(lr, Tensor):
+        is_number = lr.ndim == 0 and lr.is_floating_point()
+        if not is_number or any(lr.device != param.device for param in params):
+            raise ValueError(
+                f"lr={lr!r} must be a float, or a floating-point tensor of shape () on the device of its "
+                "parameters"
+            )
+    if not 0 <= lr < math.inf:  # of a tensor the one look at its value: steps do not wait for the device
+        raise ValueError(f"lr={lr!r} must not be negative; the paper's range is 1e-3 to 3e-2")
+
+
 def _check_group(group: dict[str, Any], has_layouts: bool) -> None:
     for param in group["params"]:
         # A layout may see matrices in a tensor of more dimensions, such as packed experts.
@@ -321,8 +337,7 @@ def _check_group(group: dict[str, Any], has_layouts: bool) -> None:
                 f"a parameter of shape {tuple(param.shape)} is no matrix; give parameters that are "
                 "not 2-D, and embeddings and the output layer, to torch.optim.AdamW"
             )
-    if not 0 <= group["lr"] < math.inf:
-        raise ValueError(f"lr={group['lr']!r} must not be negative; the paper's range is 1e-3 to 3e-2")
+    _check_lr(group["lr"], group["params"])
     unread = {"momentum", "nesterov", "weight_decay"} & group.keys()
     if unread:
         names = ", ".join(sorted(unread))

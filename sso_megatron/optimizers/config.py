@@ -142,6 +142,17 @@ class SSOConfig:
     coefficient_type: str = setting(
         "polar_express", "Newton-Schulz coefficients, by emerging-optimizers' names", "paper"
     )
+    msign_precision: Literal["fp32", "tf32", "bf16"] = setting(
+        "fp32",
+        "precision of the Newton-Schulz products on whole float32 matrices; all else is in full precision",
+        "ours",
+    )
+    symmetric_kernel: Literal["torch", "triton", "quack"] = setting(
+        "torch",
+        "for symmetric products of large matrices on a GPU, with msign_precision bf16: triton is "
+        "emerging-optimizers' kernel, quack comes with the extra gpu",
+        "ours",
+    )
     power_block: int = setting(16, "vectors of the power iteration", "ours")
     power_degree: int = setting(6, "degree of the power iteration's Chebyshev filter", "ours")
     weight_decay: float = setting(
@@ -162,6 +173,8 @@ class SSOConfig:
         known = coefficient_types()
         is_known = self.coefficient_type in known
         require(self, "coefficient_type", is_known, f"must be one of {', '.join(known)}")
+        has_products = self.symmetric_kernel == "torch" or self.msign_precision == "bf16"
+        require(self, "symmetric_kernel", has_products, "needs msign_precision='bf16'")
 
 
 _COUNTS = (

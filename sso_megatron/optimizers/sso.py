@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sso_megatron.linalg.coefficients import polar_coefficients
+from sso_megatron.linalg.symmetric import Products, load_kernel
 from sso_megatron.matrices.scaling import target_radius, update_scale
 from sso_megatron.optimizers.base import FindLayout, MatrixState, SpectralOptimizer
 from sso_megatron.optimizers.batches import MatrixBatch
@@ -48,7 +49,7 @@ class SSO(SpectralOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 5e-3,
+        lr: float | Tensor = 5e-3,
         *,
         config: SSOConfig | None = None,
         shared: SpectralConfig | None = None,
@@ -59,7 +60,8 @@ class SSO(SpectralOptimizer):
 
         Args:
             params: 2-D parameters, or groups of them; a group may have its own ``lr`` and nothing else.
-            lr: learning rate; the paper trains with 5e-3.
+            lr: learning rate; the paper trains with 5e-3. A 0-d tensor on the parameters' device can be
+                changed between replays of a CUDA graph.
             config: settings as one object, instead of ``settings``.
             shared: settings that all spectral optimizers share.
             find_layout: gives a parameter's ``ParameterLayout``; without it every parameter is one
@@ -69,11 +71,14 @@ class SSO(SpectralOptimizer):
         Raises:
             ValueError: a setting outside its rule, or a parameter that is no matrix.
             TypeError: a setting that does not exist, or ``config`` and ``settings`` together.
+            ImportError: the package of ``symmetric_kernel`` is not installed.
         """
         if config is not None and settings:
             raise TypeError(f"give config or {', '.join(settings)}, not both")
         self.config = self._complete(config or SSOConfig(**settings))
         c = self.config
+        if c.symmetric_kernel != "torch":
+            load_kernel(c.symmetric_kernel)
         self._rule = SSORule(
             coefficients=polar_coefficients(c.coefficient_type, c.msign_steps),
             tangent=c.tangent,
@@ -85,6 +90,7 @@ class SSO(SpectralOptimizer):
             retract_alpha=c.retract_alpha,
             power_block=c.power_block,
             power_degree=c.power_degree,
+            products=Products(c.msign_precision, c.symmetric_kernel),
         )
         super().__init__(
             params,
@@ -223,7 +229,7 @@ class SSO(SpectralOptimizer):
             radii = batch.placement.share(batch.cache.radius).tolist()
             top = retract_to_spectral_sphere_(
                 W,
-                dataclasses.replace(batch.cache),
+                dataclasses.replace(batch.cache, basis=batch.cache.basis.clone()),
                 lr=batch.group["lr"],
                 rule=self._rule,
                 total=batch.placement.total,

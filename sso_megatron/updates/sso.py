@@ -20,7 +20,9 @@ from sso_megatron.linalg.coefficients import Coefficients
 from sso_megatron.linalg.polar import Total, divide_, frobenius_norm
 from sso_megatron.linalg.polar_line import CutLine, PolarFactor, PolarLine, WholeLine, add_rank_one
 from sso_megatron.linalg.power_iteration import TopSingular, power_iteration, start_basis
+from sso_megatron.linalg.precision import float32_products
 from sso_megatron.linalg.root_finding import bisect_root, track_root
+from sso_megatron.linalg.symmetric import PLAIN, Products
 from sso_megatron.linalg.tangent import TangentRotation, rotate_to_tangent
 
 
@@ -39,6 +41,7 @@ class SSORule:
         retract_alpha: ``alpha`` of the dynamic retraction (eq. 34).
         power_block: columns of the power iteration.
         power_degree: degree of its filter.
+        products: how those of ``msign`` on whole float32 matrices are made.
     """
 
     coefficients: Coefficients
@@ -51,6 +54,7 @@ class SSORule:
     retract_alpha: float
     power_block: int
     power_degree: int
+    products: Products = PLAIN
 
 
 @dataclass
@@ -113,6 +117,7 @@ def blank_cache(W: Tensor, rule: SSORule, total: Total | None = None) -> Spectra
     return SpectralCache(basis, lam, torch.full_like(lam, _COLD_SLOPE), radius=torch.ones_like(lam))
 
 
+@float32_products("ieee")
 def start_cache(W: Tensor, rule: SSORule, total: Total | None = None) -> SpectralCache:
     """Cache for a batch that has none; its radii are the spectral norms of the weights.
 
@@ -127,7 +132,7 @@ def start_cache(W: Tensor, rule: SSORule, total: Total | None = None) -> Spectra
     return cache
 
 
-def retraction_factor(sigma: Tensor, radius: Tensor, lr: float, rule: SSORule) -> Tensor:
+def retraction_factor(sigma: Tensor, radius: Tensor, lr: Tensor | float, rule: SSORule) -> Tensor:
     """Factor that takes weights of norm ``sigma`` to, or towards, the sphere of ``radius``, all ``(b,)``.
 
     Hard: ``R / sigma``. Dynamic: ``1 + alpha lr sign(R - sigma)`` (eq. 34, with the paper's ``lr``).
@@ -138,11 +143,12 @@ def retraction_factor(sigma: Tensor, radius: Tensor, lr: float, rule: SSORule) -
     return 1 + rule.retract_alpha * lr * torch.sign(radius - sigma)
 
 
+@float32_products("ieee")
 def retract_to_spectral_sphere_(
     W: Tensor,
     cache: SpectralCache,
     *,
-    lr: float,
+    lr: Tensor | float,
     rule: SSORule,
     total: Total | None = None,
     gram: Tensor | None = None,
@@ -151,8 +157,8 @@ def retract_to_spectral_sphere_(
 
     Args:
         W: ``(b, m, n)`` float32 or float64.
-        cache: its basis is used and replaced, its radius used.
-        lr: learning rate, which dynamic retraction needs.
+        cache: its basis is used and updated in place, its radius used.
+        lr: learning rate, a number or a 0-d tensor, which dynamic retraction needs.
         rule: the step's settings.
         total: sum over the ranks that hold the other rows; None for whole matrices.
         gram: ``(b, n, n)`` ``W^T W`` of all rows, where it is known already.
@@ -161,18 +167,19 @@ def retract_to_spectral_sphere_(
         The triplet of the weight before it was scaled.
     """
     top = power_iteration(W, cache.basis, degree=rule.power_degree, total=total, gram=gram)
-    cache.basis = top.basis
+    cache.basis.copy_(top.basis)
     W.mul_(retraction_factor(top.sigma, cache.radius, lr, rule)[:, None, None])
     return top
 
 
+@float32_products("ieee")
 def sso_step_(
     W: Tensor,
     N: Tensor,
     cache: SpectralCache,
     *,
     scale: Tensor | float,
-    lr: float,
+    lr: Tensor | float,
     rule: SSORule,
     total: Total | None = None,
 ) -> SSOStats:
@@ -181,9 +188,9 @@ def sso_step_(
     Args:
         W: ``(b, m, n)`` weights, float32 or float64, whole logical matrices or this rank's rows.
         N: ``(b, m, n)`` momentum direction, same dtype; its memory is worked in.
-        cache: used and updated.
+        cache: used, and updated in place once it is warm: a replayed CUDA graph finds it where it was.
         scale: factor of the update, of all or ``(b,)``.
-        lr: learning rate.
+        lr: learning rate, a number or a 0-d tensor on the device, whose value may change between replays.
         rule: the step's settings.
         total: sum over the ranks that hold the other rows; None for whole matrices. It is called twice a
             step, with ``(b, n, n + 1)`` and ``(b, n + 1)`` float64 numbers.
@@ -191,7 +198,7 @@ def sso_step_(
     if total is None:
         top = retract_to_spectral_sphere_(W, cache, lr=lr, rule=rule)
         norm = frobenius_norm(N)
-        line: PolarLine = WholeLine(divide_(N, norm), top, rule.coefficients)
+        line: PolarLine = WholeLine(divide_(N, norm), top, rule.coefficients, rule.products)
     else:
         M = N.double()
         weight_gram, momentum_gram = _summed_grams(W, M, total)
@@ -202,7 +209,7 @@ def sso_step_(
     # A zero momentum has no direction, and msign(lam u v^T) would be a step along the weight itself.
     moves = norm > 0
     Phi, stats = _direction(line, top, moves, cache, rule)
-    W.addcmul_(Phi, (moves * scale).to(Phi.dtype)[:, None, None], value=-lr)
+    W.addcmul_(Phi, (moves.to(Phi.dtype) * scale * -lr).to(Phi.dtype)[:, None, None])
     return stats
 
 
@@ -256,8 +263,8 @@ def _track(
     reach = line.along.abs().clamp_min(_REACH).to(cache.lam.dtype)
     found = track_root(measure, accept, cache.lam, cache.slope, reach=reach, num_trials=num_trials)
     cache.is_cold = False
-    cache.lam = torch.where(moves, found.next_lam, cache.lam)
-    cache.slope = torch.where(moves, found.slope, cache.slope)
+    cache.lam.copy_(torch.where(moves, found.next_lam, cache.lam))
+    cache.slope.copy_(torch.where(moves, found.slope, cache.slope))
     trials = torch.full_like(found.lam, num_trials, dtype=torch.int64)
     stats = SSOStats(top.sigma, found.lam, found.value, trials, found.value.abs() <= _NEAR)
     factor, rotation = found.extra

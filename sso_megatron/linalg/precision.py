@@ -1,0 +1,36 @@
+"""The precision of products of float32 matrices, whatever the model's own products are set to."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Make products of float32 matrices in ``precision`` within the block; also a decorator.
+
+    ``torch.set_float32_matmul_precision`` and its like are global, and meant for the model.
+
+    Args:
+        precision: ``ieee`` for float32 as it is; ``tf32`` for tensor cores, which round the factors to ten
+            binary places, where the device has them.
+    """
+    matmuls: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    if not all(hasattr(matmul, "fp32_precision") for matmul in matmuls):  # before torch 2.9
+        legacy = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(legacy)
+        return
+    before = [matmul.fp32_precision for matmul in matmuls]
+    for matmul, wanted in zip(matmuls, (precision, "ieee"), strict=True):
+        matmul.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        for matmul, setting in zip(matmuls, before, strict=True):
+            matmul.fp32_precision = setting
