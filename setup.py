@@ -38,7 +38,7 @@ setup(
     include_package_data=False,
     zip_safe=False,
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.9",
         # 0.19 has the registry of emerging optimizers that the plugin enters through; it is
         # private there, so a new minor release is admitted only after it was read and tested.
         "megatron-core[training]>=0.19,<0.20",

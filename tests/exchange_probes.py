@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -69,13 +70,19 @@ def layout(name: str, local: tuple[int, ...], hidden: int, size: int) -> Paramet
     return ParameterLayout(name, splits, dist.group.WORLD)
 
 
+def kept(optimizer: SpectralOptimizer) -> int:
+    """Bytes of what an optimizer keeps of its matrices."""
+    caches = [vars(batch.cache).values() for batch in optimizer.batches if batch.cache]
+    return sum(x.nbytes for cache in caches for x in cache if isinstance(x, torch.Tensor))
+
+
 def dense() -> None:
     """Steps on a dense model. Saves this rank's parameters, and of the last step: collectives, peak of
     memory, and the order in which parameters were finished.
 
     The argument: ``hidden``, ``layers``, ``names`` (kinds of parameters), ``workspace_mib``, ``mode``,
     ``steps``, ``settings`` (of SSO; descent without), ``groups`` (number of parameter groups),
-    ``without_gradient`` (names), ``measures_memory`` (of one more step).
+    ``without_gradient`` (names), ``measures_memory`` (of every step).
     """
     task = {"layers": 4, "names": ["qkv", "proj", "fc1", "fc2"], "workspace_mib": 512, "mode": "owner"}
     task |= {"steps": 2, "settings": None, "groups": 1, "without_gradient": [], "measures_memory": False}
@@ -99,6 +106,8 @@ def dense() -> None:
         optimizer: SpectralOptimizer = Descent(groups, shared, find_layout)
     else:
         optimizer = SSO(groups, shared=shared, find_layout=find_layout, **task["settings"])
+    peaks: list[int] = []
+    optimizer.init_state()
     for step in range(task["steps"]):
         for name, value in parameters(task["hidden"], task["layers"], task["names"]).items():
             if name not in task["without_gradient"]:
@@ -106,13 +115,13 @@ def dense() -> None:
                 params[name].grad = shard(name.rpartition(".")[2], gradient, rank, size)
         finished: list[str] = []
         optimizer.on_written = lambda done, seen=finished: seen.extend(names[id(p)] for p in done)
-        with Collectives() as seen:
+        with Collectives() as seen, PeakMemory() if task["measures_memory"] else nullcontext() as memory:
             seen.next_step()
             optimizer.step()
-    if task["measures_memory"]:
-        with PeakMemory() as memory:
-            optimizer.step()
-        save("peak", memory.peak_bytes)
+        if memory is not None:
+            # What the first step makes and keeps is state.
+            peaks.append(memory.peak_bytes - (kept(optimizer) if not step else 0))
+    save("peaks", peaks)
     save("final", {name: param.detach() for name, param in params.items()})
     save("collectives", seen.steps[0])
     save("finished", finished)

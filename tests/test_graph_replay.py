@@ -176,9 +176,9 @@ def test_nothing_of_a_step_is_on_the_host(
     with FakeTensorMode(), torch.no_grad():
         W, N = (torch.randn(3, *shape, device="cuda") for _ in range(2))
         basis = torch.randn(3, 40, 16, device="cuda")
-        lam, slope, radius = (torch.ones(3, device="cuda") for _ in range(3))
+        lam, slope, h, radius = (torch.ones(3, device="cuda") for _ in range(4))
         lr = torch.ones((), device="cuda")
-        cache = SpectralCache(basis, lam, slope, radius, is_cold=False)
+        cache = SpectralCache(basis, lam, slope, h, radius, is_cold=False)
         with Devices() as devices:
             sso_step_(W, N, cache, scale=radius, lr=lr, rule=rule)
             assert devices.on_host == set()

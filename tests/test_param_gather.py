@@ -18,6 +18,8 @@ LAYOUTS = {
     "tp2-dp2-bf16": (4, tiny(*BASE, "--bf16", tp=2)),
     "ep2-dp2": (4, tiny(*MOE, *BASE, "--expert-model-parallel-size", 2, "--micro-batch-size", 1)),
     "pp2-vpp2-dp2": (4, tiny(*BASE, *DEEP, *INTERLEAVED, "--micro-batch-size", 1)),
+    # One query group over four ranks: heads of which a rank holds nothing, and neither works on.
+    "tp4-bf16": (4, tiny(*BASE, "--bf16", "--num-query-groups", 1, tp=4)),
     # Two matrices for four ranks.
     "no-matrix": (4, tiny(*BASE, "--num-layers", 1, "--spectral-exclude", "mlp", "--micro-batch-size", 1)),
 }

@@ -42,9 +42,9 @@ def test_line_follows_the_oracle(shape, condition, is_cut) -> None:  # type: ign
         at = torch.tensor([lam])
         wanted = oracle.newton_schulz_factor(M + lam * Theta, EIGHT)
         h, extra = line.evaluate(at)
-        accepted, exactly = line.accept(at, extra), line.measure_exactly(at)
+        accepted, measured = line.accept(at, extra), line.measure_fully(at)
         factor = line.factor(at)
-        for value in (h, exactly, (factor.w * factor.v).sum(dim=-1)):
+        for value in (h, measured, (factor.w * factor.v).sum(dim=-1)):
             assert value.item() == pytest.approx(np.sum(Theta * wanted), abs=2e-4)
         for Phi in (accepted, factor.matrix()):
             error = np.linalg.norm(Phi[0].double().numpy() - wanted) / np.linalg.norm(wanted)

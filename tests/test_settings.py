@@ -34,6 +34,7 @@ from sso_megatron import SSO, MuonSphere, SSOConfig
         ({"power_block": 0}, "power_block=0 must be at least 1"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
         ({"lr": -1.0}, "lr=-1.0 must not be negative"),
+        ({"lr": "0.1"}, "lr='0.1' must be a float"),
         ({"lr": torch.tensor(-1.0)}, r"lr=tensor\(-1.\) must not be negative"),
         ({"lr": torch.tensor([0.1])}, r"lr=tensor\(\[0.1000\]\) must be a float, or .* of shape \(\)"),
         ({"lr": torch.tensor(1)}, r"lr=tensor\(1\) must be a float, or a floating-point tensor"),

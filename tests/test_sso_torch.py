@@ -303,6 +303,22 @@ def test_copies_train_on_their_own(copy) -> None:  # type: ignore[no-untyped-def
     torch.testing.assert_close(copied[0], params[0], rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("copy", [deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_leaves_a_scheduler_and_hooks_behind(copy) -> None:  # type: ignore[no-untyped-def]
+    """A scheduler puts its own ``step`` on the optimizer that it was made for."""
+    optimizer = SSO([torch.nn.Parameter(torch.randn(6, 4))])
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    optimizer.register_step_pre_hook(lambda *_: None)
+    again = copy(optimizer)
+    for one in (optimizer, again):
+        one.param_groups[0]["params"][0].grad = torch.ones(6, 4)
+    before = [one.param_groups[0]["params"][0].detach().clone() for one in (optimizer, again)]
+    again.step()
+    after = [one.param_groups[0]["params"][0].detach() for one in (optimizer, again)]
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+
+
 @pytest.mark.parametrize(("solver", "tolerance"), [("tracking", 5e-3), ("bisection", 1e-5)])
 def test_loading_goes_on_from_there(solver: str, tolerance: float) -> None:
     """Into an optimizer that has already gone another way; spectral caches start anew."""

@@ -46,8 +46,9 @@ def add_parser(subparsers: Any) -> None:
         "%(default)s); Muon runs as duplicated and as distributed")  # fmt: skip
     add("--msign-steps", type=int, default=default_of(SSOConfig, "msign_steps"), metavar="N",
         help="Newton-Schulz steps, of Muon too (default: %(default)s)")  # fmt: skip
-    add("--matmul-precision", choices=("highest", "high", "medium"), default="highest",
-        help="torch's float32 matmul precision, for all (default: %(default)s)")  # fmt: skip
+    add("--msign-precision", choices=choices_of(SSOConfig, "msign_precision"),
+        default=default_of(SSOConfig, "msign_precision"),
+        help="of Newton-Schulz products, Muon's too (default: %(default)s)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write everything to FILE")
     add("--picture", type=Path, metavar="FILE.png", help="draw (default: beside --json)")
     parser.set_defaults(run=run)
@@ -109,9 +110,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         num_rounds=options.repeats,
         num_warmup=options.warmup,
         tp_size=options.tp,
-        sso=SSOConfig(msign_steps=options.msign_steps),
+        sso=SSOConfig(msign_steps=options.msign_steps, msign_precision=options.msign_precision),
         shared=SpectralConfig(tp_mode=options.tp_mode),
-        matmul_precision=options.matmul_precision,
         device_type=device_type,
     )
 
@@ -122,6 +122,10 @@ def _output_files(options: argparse.Namespace) -> Path | None:
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file to write")
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        path.open("a").close()  # an error now, not after the measurement
+        if is_new:
+            path.unlink()
     picture: Path | None = options.picture or (options.json and options.json.with_suffix(".png"))
     if picture and (picture.suffix != ".png" or picture == options.json):
         raise ValueError(f"--picture {picture} must end in .png and be another file than --json")

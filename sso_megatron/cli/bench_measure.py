@@ -44,7 +44,6 @@ class Settings:
         tp_size: ranks, over which the matrices are cut.
         sso: settings of ours; those of Newton-Schulz hold for Muon too.
         shared: our placement under tensor parallelism.
-        matmul_precision: torch's float32 matmul precision, for all.
         device_type: ``cuda`` or ``cpu``.
     """
 
@@ -56,7 +55,6 @@ class Settings:
     tp_size: int
     sso: SSOConfig
     shared: SpectralConfig
-    matmul_precision: str
     device_type: str
 
 
@@ -98,7 +96,6 @@ def _run_rank(rank: int, settings: Settings, folder: Path) -> None:
     device = torch.device(f"cuda:{rank}" if settings.device_type == "cuda" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision(settings.matmul_precision)
     if settings.tp_size > 1:
         if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.tp_size))
@@ -119,7 +116,6 @@ def _measure_layout(layout: str, settings: Settings, rank: int, device: torch.de
         is_split=layout == "split",
         sso=settings.sso,
         shared=settings.shared,
-        matmul_precision=settings.matmul_precision,
         device=device,
         tp_group=dist.group.WORLD if settings.tp_size > 1 else None,
         tp_size=settings.tp_size,

@@ -37,6 +37,8 @@ COPIES = {
     "sso_bisection": 2,
 }
 _LR = 5e-3
+# What Muon sets torch to; torch has no nearer word for bfloat16.
+_TORCH_PRECISION = {"fp32": "highest", "tf32": "high", "bf16": "medium"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,6 @@ class Setup:
         is_split: heads, and gate and up, by themselves; else each stored parameter as one matrix.
         sso: Newton-Schulz steps and coefficients, which hold for Muon too, and our other settings.
         shared: our placement under tensor parallelism.
-        matmul_precision: torch's float32 matmul precision.
         device: where the parameters are.
         tp_group: tensor-parallel group; None for one rank.
         tp_size: its ranks.
@@ -59,7 +60,6 @@ class Setup:
     is_split: bool
     sso: SSOConfig
     shared: SpectralConfig
-    matmul_precision: str
     device: torch.device
     tp_group: Any = None
     tp_size: int = 1
@@ -199,7 +199,7 @@ def _muon(
         momentum=setup.sso.momentum,
         nesterov=setup.sso.nesterov,
         weight_decay=0.0,
-        fp32_matmul_prec=setup.matmul_precision,
+        fp32_matmul_prec=_TORCH_PRECISION[setup.sso.msign_precision],
         coefficient_type=setup.sso.coefficient_type,
         num_ns_steps=setup.sso.msign_steps,
         pg_collection=None if setup.tp_group is None else collection_class(tp=setup.tp_group),

@@ -129,7 +129,7 @@ def print_table(settings: Settings, results: Results, console: Console | None = 
     console.print(
         f"{model.title} at hidden size {model.hidden}, {model.layers} layers; tensor parallelism "
         f"{settings.tp_size}; {where.get('gpu', where['cpu'])}; {settings.num_rounds} rounds, "
-        f"float32 products at {settings.matmul_precision!r}",
+        f"Newton-Schulz products in {settings.sso.msign_precision}",
         highlight=False,
         soft_wrap=True,
     )

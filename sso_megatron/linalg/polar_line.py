@@ -15,9 +15,9 @@ from sso_megatron.linalg.coefficients import Coefficients
 from sso_megatron.linalg.polar import (
     Total,
     divide_,
+    frobenius_norm,
     gram_polynomial,
     gram_polynomial_times,
-    msign,
     msign_of_unit,
     times,
     times_thin,
@@ -180,20 +180,13 @@ class WholeLine:
         """``M - along u v^T``, in the memory of ``M``."""
         return add_rank_one_(self._M, -self.along, self._top.u, self._top.v)
 
-    def _gram_line(self, dtype: torch.dtype) -> GramLine:
-        """Gram matrices along the line, from its centre, worked out in ``dtype``."""
-        M, u, v = (x.to(dtype) for x in (self._centre, self._top.u, self._top.v))
+    @cached_property
+    def _gram_line(self) -> GramLine:
+        """Gram matrices along the line, from its centre."""
+        M, u, v = self._centre, self._top.u, self._top.v
         if M.size(-2) < M.size(-1):
             M, u, v = M.mT, v, u
         return GramLine(M.mT @ M, times(M.mT, u), u.square().sum(dim=-1, keepdim=True), v)
-
-    @cached_property
-    def _rough(self) -> GramLine:
-        return self._gram_line(self._M.dtype)
-
-    @cached_property
-    def _exact(self) -> GramLine:
-        return self._gram_line(torch.float64)
 
     def measure(self, lam: Tensor) -> Tensor:
         """``h(lam)`` ``(b,)`` before ``factor``, to 6e-3 in the median: enough to find the next trial.
@@ -201,18 +194,21 @@ class WholeLine:
         With fewer steps, on one Gram matrix; measured on recorded steps of a GPT, where it is off by
         3e-2 at worst.
         """
-        return self._rough.measure(lam + self.along, _fewer(self._coefficients))
+        return self._gram_line.measure(lam + self.along, _fewer(self._coefficients))
 
-    def measure_exactly(self, lam: Tensor) -> Tensor:
-        """``h(lam)`` ``(b,)`` before ``factor``, in float64."""
-        return self._exact.measure(lam + self.along, self._coefficients)
+    def measure_fully(self, lam: Tensor) -> Tensor:
+        """``h(lam)`` ``(b,)`` before ``factor``, by ``msign``; half of the batch at a time, for memory."""
+        size, step = lam.size(0), max(1, lam.size(0) // 2)
+        parts = [slice(start, start + step) for start in range(0, size, step)]
+        return torch.cat([lam[:0], *(self.evaluate(lam[part], part)[0] for part in parts)])
 
-    def evaluate(self, lam: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def evaluate(self, lam: Tensor, rows: Tensor | slice | None = None) -> tuple[Tensor, Tensor]:
         """``h(lam)`` ``(k,)`` and ``msign`` ``(k, m, n)`` of the batch's members ``rows`` (all)."""
         M, u, v, along = self._centre, self._top.u, self._top.v, self.along
         if rows is not None:
             M, u, v, along = M[rows], u[rows], v[rows], along[rows]
-        Phi = msign(add_rank_one(M, lam + along, u, v), self._coefficients, self._products)
+        Z = add_rank_one(M, lam + along, u, v)
+        Phi = msign_of_unit(divide_(Z, frobenius_norm(Z)), self._coefficients, self._products)
         return (u * times(Phi, v)).sum(dim=-1), Phi
 
     def accept(self, lam: Tensor, Phi: Tensor) -> Tensor:
@@ -269,7 +265,7 @@ class CutLine:
         """``h(lam)`` ``(b,)``, with fewer steps."""
         return self._gram_line.measure(lam, _fewer(self._coefficients))
 
-    def measure_exactly(self, lam: Tensor) -> Tensor:
+    def measure_fully(self, lam: Tensor) -> Tensor:
         """``h(lam)`` ``(b,)``."""
         return self._gram_line.measure(lam, self._coefficients)
 

@@ -17,16 +17,8 @@ def float32_products(precision: str) -> Iterator[None]:
         precision: ``ieee`` for float32 as it is; ``tf32`` for tensor cores, which round the factors to ten
             binary places, where the device has them.
     """
-    matmuls: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    if not all(hasattr(matmul, "fp32_precision") for matmul in matmuls):  # before torch 2.9
-        legacy = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(legacy)
-        return
-    before = [matmul.fp32_precision for matmul in matmuls]
+    matmuls: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [_own_setting(matmul) for matmul in matmuls]
     for matmul, wanted in zip(matmuls, (precision, "ieee"), strict=True):
         matmul.fp32_precision = wanted
     try:
@@ -34,3 +26,11 @@ def float32_products(precision: str) -> Iterator[None]:
     finally:
         for matmul, setting in zip(matmuls, before, strict=True):
             matmul.fp32_precision = setting
+
+
+def _own_setting(matmul: Any) -> str:
+    """What a backend is set to itself; ``none`` where it follows ``torch.backends.fp32_precision``."""
+    seen = matmul.fp32_precision
+    matmul.fp32_precision = "none"
+    followed: str = matmul.fp32_precision
+    return "none" if seen == followed else seen

@@ -32,9 +32,10 @@ class SpectralOptimizer(torch.optim.Optimizer):
     number grows with the number of matrices only where these exceed the workspace. They are issued
     whether or not parameters have gradients. The ranks of a group must agree on which have one.
 
-    After a first step with every gradient a step can be captured in a CUDA graph, but with bisection. Its
+    After two steps with every gradient a step can be captured in a CUDA graph, but with bisection. Its
     replays take gradients, and ``lr`` if that is a tensor, from where they lay at capture, and do not call
-    ``on_written``. Loading state makes other tensors: capture again.
+    ``on_written``. Loading state makes other tensors: capture again. As in torch, groups that are to have
+    different rates need a tensor each.
 
     Attributes:
         on_written: called in a step with parameters that the step is done with, as soon as it is: each
@@ -135,9 +136,14 @@ class SpectralOptimizer(torch.optim.Optimizer):
         self._schedule, self._loaded = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """All attributes for copy and pickle, but for batches, which hold this object's parameters."""
-        without: dict[str, Any] = {"_schedule": None, "_unfinished": Counter(), "on_written": None}
-        return self.__dict__ | without | {"_loaded": self.spectral_state()}
+        """For copy and pickle: without batches, hooks and a scheduler's ``step``, which are this one's."""
+        own = {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("step", "on_written") and not name.startswith("_optimizer_")
+        }
+        without: dict[str, Any] = {"_schedule": None, "_unfinished": Counter()}
+        return own | without | {"_loaded": self.spectral_state()}
 
     @property
     def batches(self) -> list[MatrixBatch]:
@@ -183,7 +189,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
             update_momentum_(self.state[param]["momentum_buffer"], param.grad, self._momentum)
         schedule = self._scheduled()
         if self.on_written is not None:
-            self._unfinished = Counter(m.param for batch in schedule.batches for m in batch.members)
+            members = (member for batch in schedule.batches for member in batch.members)
+            # Of some cut matrices this rank holds nothing, and hears nothing.
+            self._unfinished = Counter(member.param for member in members if member.split.rows)
         meanwhile = iter(schedule.meanwhile)
         for unit in schedule.units:
             if isinstance(unit, MatrixBatch):
@@ -279,6 +287,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
             return
         finished = []
         for member in members:
+            if not member.split.rows:
+                continue
             self._unfinished[member.param] -= 1
             if not self._unfinished[member.param]:
                 finished.append(member.param)
@@ -325,8 +335,12 @@ def _check_lr(lr: float | Tensor, params: list[Tensor]) -> None:
                 f"lr={lr!r} must be a float, or a floating-point tensor of shape () on the device of its "
                 "parameters"
             )
+    elif isinstance(lr, bool) or not isinstance(lr, int | float):
+        raise ValueError(f"lr={lr!r} must be a float, or a floating-point tensor of shape ()")
     if not 0 <= lr < math.inf:  # of a tensor the one look at its value: steps do not wait for the device
-        raise ValueError(f"lr={lr!r} must not be negative; the paper's range is 1e-3 to 3e-2")
+        raise ValueError(
+            f"lr={lr!r} must not be negative, and must be finite; the paper's range is 1e-3 to 3e-2"
+        )
 
 
 def _check_group(group: dict[str, Any], has_layouts: bool) -> None:

@@ -105,6 +105,21 @@ class SSO(SpectralOptimizer):
     def _complete(self, config: SSOConfig) -> SSOConfig:
         return config
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As ``SpectralOptimizer``'s.
+
+        Raises:
+            ValueError: also where matrices may move to ranks that do not know their radii.
+        """
+        batches = self._schedule.batches if self._schedule else []
+        if self.config.radius_mode == "from_weights" and any(b.mode == "owner" for b in batches):
+            raise ValueError(
+                "a parameter group that is added after the first step gives cut matrices to other owners, "
+                "and with radius_mode='from_weights' only the first knows their radii; add it before, or "
+                "use tp_mode='duplicated'"
+            )
+        super().add_param_group(param_group)
+
     def polar_work(self) -> PolarWork:
         """Newton-Schulz iterations of a warm step; bisection is taken at its published mean."""
         rule, num_steps = self._rule, len(self._rule.coefficients)
@@ -123,12 +138,15 @@ class SSO(SpectralOptimizer):
         bisects = rule.tangent == "solve" and rule.solver == "bisection"
         copies, squares = (9, 2) if bisects else (4, 4 if rule.tangent == "solve" else 2)
         iterating = copies * numel + squares * short**2 + 32 * long
+        if rule.tangent == "solve":  # trials of the first step, of a single matrix
+            iterating = max(iterating, 5 * numel + 2 * short**2 + 32 * long)
         retracting = 2 * numel + min(rule.power_block, short) * (4 * long + 10 * short)
         return max(retracting, iterating) * dtype.itemsize
 
     def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
         """The same, and in float64 the rows of the momentum and products of the uncut side."""
-        in_double = 3 * rows * columns + 9 * columns**2
+        bisects = self._rule.tangent == "solve" and self._rule.solver == "bisection"
+        in_double = 3 * rows * columns + (11 if bisects else 9) * columns**2
         return 2 * rows * columns * dtype.itemsize + in_double * torch.float64.itemsize
 
     def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
@@ -180,7 +198,7 @@ class SSO(SpectralOptimizer):
     def matrix_states(self, batch: MatrixBatch) -> list[MatrixState]:
         """Singular vectors, lam and slope; with ``from_weights`` the radius and the factor in it."""
         cache: SpectralCache = batch.cache
-        columns = {self._side(batch): cache.basis, "lam": cache.lam, "slope": cache.slope}
+        columns = {self._side(batch): cache.basis, "lam": cache.lam, "slope": cache.slope, "h": cache.h}
         columns["is_cold"] = torch.tensor(cache.is_cold).expand(len(cache.lam))
         if self.config.radius_mode == "from_weights":
             columns["radius"] = cache.radius
@@ -202,7 +220,7 @@ class SSO(SpectralOptimizer):
         return "right_vectors" if batch.shape[0] >= batch.shape[1] else "left_vectors"
 
     def _go_on_from(self, state: MatrixState, batch: MatrixBatch, cache: SpectralCache, index: int) -> None:
-        cache.lam[index], cache.slope[index] = state["lam"], state["slope"]
+        cache.lam[index], cache.slope[index], cache.h[index] = state["lam"], state["slope"], state["h"]
         if self.config.radius_mode == "from_weights" and "radius" in state:
             # The factor as a float of its own: c R / c is not always R.
             same = float(state["radius_scaler"]) == self.config.radius_scaler

@@ -65,6 +65,7 @@ class SpectralCache:
         basis: ``(b, s, k)`` block of the power iteration.
         lam: ``(b,)`` where the next search for the root starts.
         slope: ``(b,)`` slope of ``h`` at the root.
+        h: ``(b,)`` ``h`` that the last search ended with; 1 before the first.
         radius: ``(b,)`` spectral norm R that weights are retracted to.
         is_cold: no search has set lam and slope yet, so that the first may take more trials.
     """
@@ -72,6 +73,7 @@ class SpectralCache:
     basis: Tensor
     lam: Tensor
     slope: Tensor
+    h: Tensor
     radius: Tensor
     is_cold: bool = True
 
@@ -104,6 +106,8 @@ _COLD_TRIALS = 12
 _REACH = 0.05
 # |h| at which tracking has found the root; see SSOStats.
 _NEAR = 0.3
+# Of |h|: 0.3 counts for nothing, 0.98 for most.
+_OUT_OF_SIGHT = 8
 # A slope in the middle of what small GPTs show (5 .. 30).
 _COLD_SLOPE = 10.0
 # First step of the published bracket; lam* was seen between 1e-5 and 0.2.
@@ -114,7 +118,8 @@ def blank_cache(W: Tensor, rule: SSORule, total: Total | None = None) -> Spectra
     """Cache of the right shapes for a batch whose state is known and to be filled in; radii are 1."""
     basis = start_basis(W, rule.power_block, rows_are_cut=total is not None)
     lam = W.new_zeros(W.size(0))
-    return SpectralCache(basis, lam, torch.full_like(lam, _COLD_SLOPE), radius=torch.ones_like(lam))
+    slope = torch.full_like(lam, _COLD_SLOPE)
+    return SpectralCache(basis, lam, slope, h=torch.ones_like(lam), radius=torch.ones_like(lam))
 
 
 @float32_products("ieee")
@@ -206,8 +211,9 @@ def sso_step_(
         norm = momentum_gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt()
         momentum_gram = divide_(divide_(momentum_gram, norm), norm)
         line = CutLine(divide_(M, norm), momentum_gram, top, rule.coefficients, total)
-    # A zero momentum has no direction, and msign(lam u v^T) would be a step along the weight itself.
-    moves = norm > 0
+    # A momentum that is zero, or subnormal all over, has no direction, and msign(lam u v^T) would be a
+    # step along the weight itself.
+    moves = norm >= torch.finfo(W.dtype).tiny
     Phi, stats = _direction(line, top, moves, cache, rule)
     W.addcmul_(Phi, (moves.to(Phi.dtype) * scale * -lr).to(Phi.dtype)[:, None, None])
     return stats
@@ -257,14 +263,19 @@ def _track(
         return rotation.h.to(lam.dtype), (factor, rotation)
 
     num_trials = max(_COLD_TRIALS, rule.num_trials) if cache.is_cold else rule.num_trials
-    measure = line.measure_exactly if cache.is_cold else line.measure
+    measure = line.measure_fully if cache.is_cold else line.measure
     # A momentum that is nearly Theta, of which only lam = -<Theta, M> leaves anything else, is farther away
     # than lam is in training.
-    reach = line.along.abs().clamp_min(_REACH).to(cache.lam.dtype)
-    found = track_root(measure, accept, cache.lam, cache.slope, reach=reach, num_trials=num_trials)
+    along = line.along.to(cache.lam.dtype)
+    # Where the last h was nearly 1 the root was out of sight, or no search was made yet: start anew where
+    # nothing is left along Theta. Smoothly, for the sake of layouts that differ by rounding.
+    anew = cache.h.abs() ** _OUT_OF_SIGHT
+    lam, slope = torch.lerp(cache.lam, -along, anew), cache.slope * (_COLD_SLOPE / cache.slope) ** anew
+    reach = along.abs().clamp_min(_REACH)
+    found = track_root(measure, accept, lam, slope, reach=reach, num_trials=num_trials)
     cache.is_cold = False
-    cache.lam.copy_(torch.where(moves, found.next_lam, cache.lam))
-    cache.slope.copy_(torch.where(moves, found.slope, cache.slope))
+    for kept, value in ((cache.lam, found.next_lam), (cache.slope, found.slope), (cache.h, found.value)):
+        kept.copy_(torch.where(moves, value, kept))
     trials = torch.full_like(found.lam, num_trials, dtype=torch.int64)
     stats = SSOStats(top.sigma, found.lam, found.value, trials, found.value.abs() <= _NEAR)
     factor, rotation = found.extra
