@@ -120,33 +120,33 @@ class SSO(SpectralOptimizer):
             )
         super().add_param_group(param_group)
 
+    @property
+    def _search(self) -> str | None:
+        """The solver that a step runs; None where it runs none."""
+        return self._rule.solver if self._rule.tangent == "solve" else None
+
     def polar_work(self) -> PolarWork:
         """Newton-Schulz iterations of a warm step; bisection is taken at its published mean."""
-        rule, num_steps = self._rule, len(self._rule.coefficients)
-        if rule.tangent != "solve":
-            return PolarWork(1, num_steps)
-        if rule.solver == "bisection":
-            return PolarWork(_BISECTION_TRIALS, num_steps)
-        return PolarWork(1, num_steps, num_measures=rule.num_trials - 1)
+        num_trials = _BISECTION_TRIALS if self._search == "bisection" else 1
+        num_measures = self._rule.num_trials - 1 if self._search == "tracking" else 0
+        return PolarWork(num_trials, len(self._rule.coefficients), num_measures)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """Weight, shifted momentum and two iterates, and squares of the short side."""
         numel, short, long = shape[0] * shape[1], min(shape), max(shape)
-        rule = self._rule
         # Bisection keeps the best trial of each matrix, and copies those that go on; tracking has the Gram
         # matrix that all trials but the last work on.
-        bisects = rule.tangent == "solve" and rule.solver == "bisection"
-        copies, squares = (9, 2) if bisects else (4, 4 if rule.tangent == "solve" else 2)
-        iterating = copies * numel + squares * short**2 + 32 * long
-        if rule.tangent == "solve":  # trials of the first step, of a single matrix
-            iterating = max(iterating, 5 * numel + 2 * short**2 + 32 * long)
-        retracting = 2 * numel + min(rule.power_block, short) * (4 * long + 10 * short)
-        return max(retracting, iterating) * dtype.itemsize
+        copies, squares = {None: (4, 2), "tracking": (4, 4), "bisection": (9, 2)}[self._search]
+        iterating = copies * numel + squares * short**2
+        if self._search == "tracking":  # trials of the first step, of a single matrix
+            iterating = max(iterating, 5 * numel + 2 * short**2)
+        retracting = 2 * numel + min(self._rule.power_block, short) * (4 * long + 10 * short)
+        return max(retracting, iterating + 32 * long) * dtype.itemsize
 
     def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
         """The same, and in float64 the rows of the momentum and products of the uncut side."""
-        bisects = self._rule.tangent == "solve" and self._rule.solver == "bisection"
-        in_double = 3 * rows * columns + (11 if bisects else 9) * columns**2
+        squares = 11 if self._search == "bisection" else 9
+        in_double = 3 * rows * columns + squares * columns**2
         return 2 * rows * columns * dtype.itemsize + in_double * torch.float64.itemsize
 
     def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
@@ -196,7 +196,7 @@ class SSO(SpectralOptimizer):
             )
 
     def matrix_states(self, batch: MatrixBatch) -> list[MatrixState]:
-        """Singular vectors, lam and slope; with ``from_weights`` the radius and the factor in it."""
+        """Singular vectors, lam, slope and h; with ``from_weights`` the radius and the factor in it."""
         cache: SpectralCache = batch.cache
         columns = {self._side(batch): cache.basis, "lam": cache.lam, "slope": cache.slope, "h": cache.h}
         columns["is_cold"] = torch.tensor(cache.is_cold).expand(len(cache.lam))
