@@ -211,9 +211,15 @@ def test_models_have_the_published_number_of_parameters(name: str, billions: flo
     ],
 )
 def test_one_line_errors_before_anything_starts(
-    argv: str, message: str, capsys: pytest.CaptureFixture[str]
+    argv: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(["bench", *argv.split()]) == 2
+    assert not any(tmp_path.iterdir())
     output = capsys.readouterr()
     assert output.out == ""
     (line,) = output.err.splitlines()

@@ -118,17 +118,19 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def _output_files(options: argparse.Namespace) -> Path | None:
     """Check the files to write, make their folders, and return the picture's, if any."""
-    for path in filter(None, (options.json, options.picture)):
+    files = [path for path in (options.json, options.picture) if path]
+    for path in files:
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file to write")
+    picture: Path | None = options.picture or (options.json and options.json.with_suffix(".png"))
+    if picture and (picture.suffix != ".png" or picture == options.json):
+        raise ValueError(f"--picture {picture} must end in .png and be another file than --json")
+    for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()
         path.open("a").close()  # an error now, not after the measurement
         if is_new:
             path.unlink()
-    picture: Path | None = options.picture or (options.json and options.json.with_suffix(".png"))
-    if picture and (picture.suffix != ".png" or picture == options.json):
-        raise ValueError(f"--picture {picture} must end in .png and be another file than --json")
     return picture
 
 
