@@ -339,6 +339,24 @@ def test_loading_goes_on_from_there(solver: str, tolerance: float) -> None:
     assert error < tolerance
 
 
+def test_state_without_h_is_gone_on_from() -> None:
+    """As checkpoints have it that were written before ``h`` was kept."""
+    twin = Twin(*random_values(torch.float32))
+    params = twin.params()
+    optimizer = SSO(params, lr=0.05)
+    twin.train(params, [optimizer], range(5))
+    state = deepcopy(optimizer.state_dict())
+    assert all(abs(kept.pop("h")) < 0.3 for kept in state["spectral"].values())
+    again = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    loaded = SSO(again, lr=0.05)
+    loaded.load_state_dict(state)
+    twin.train(params, [optimizer], range(5, 6))
+    twin.train(again, [loaded], range(5, 6))
+    torch.testing.assert_close(again[0], params[0], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():  # a search that starts anew is told apart
+        assert loaded.batches[0].stats.lam == pytest.approx(optimizer.batches[0].stats.lam, abs=1e-3)
+
+
 def test_closure_and_schedulers_work() -> None:
     model = torch.nn.Linear(12, 8, bias=False)
     optimizer = SSO(model.parameters(), lr=0.1)

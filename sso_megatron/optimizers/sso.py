@@ -220,7 +220,9 @@ class SSO(SpectralOptimizer):
         return "right_vectors" if batch.shape[0] >= batch.shape[1] else "left_vectors"
 
     def _go_on_from(self, state: MatrixState, batch: MatrixBatch, cache: SpectralCache, index: int) -> None:
-        cache.lam[index], cache.slope[index], cache.h[index] = state["lam"], state["slope"], state["h"]
+        cache.lam[index], cache.slope[index] = state["lam"], state["slope"]
+        # Checkpoints of earlier revisions do not have it: their search is taken to have found the root.
+        cache.h[index] = state.get("h", 0.0)
         if self.config.radius_mode == "from_weights" and "radius" in state:
             # The factor as a float of its own: c R / c is not always R.
             same = float(state["radius_scaler"]) == self.config.radius_scaler
