@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from probes import Collectives, save
 
+import sso_megatron
 from sso_megatron import SSO
 from sso_megatron.matrices.layout import ParameterLayout, Split
 from sso_megatron.optimizers.config import SpectralConfig
@@ -42,12 +43,13 @@ def gradients_of(m: int, n: int, steps: int, kind: str, gen: torch.Generator) ->
 
 
 def train() -> None:
-    """Steps of SSO on matrices cut over the world.
+    """Steps of an optimizer on matrices cut over the world.
 
     Saves every whole matrix, momentum and radius; the modes of the batches; and the collectives of
-    every step. The argument: ``matrices`` (name to ``[m, n, dim, rows by rank]``), ``mode``,
-    ``steps``, ``gradients`` (``noise`` or ``decaying``), ``settings``, ``without_gradient`` (names),
-    ``lrs`` (of each parameter group; parameters take turns), ``workspace_mib``.
+    every step. The argument: ``optimizer`` (a class, SSO by default), ``matrices`` (name to
+    ``[m, n, dim, rows by rank]``), ``mode``, ``steps``, ``gradients`` (``noise`` or ``decaying``),
+    ``settings``, ``without_gradient`` (names), ``lrs`` (of each parameter group; parameters take turns),
+    ``workspace_mib``.
     """
     task = json.loads(sys.argv[1])
     dist.init_process_group("gloo")
@@ -76,7 +78,7 @@ def train() -> None:
     lrs = task.get("lrs", [0.02])
     numbers = {name: number % len(lrs) for number, name in enumerate(params)}
     members = [[params[name] for name in order if numbers[name] == i] for i in range(len(lrs))]
-    optimizer = SSO(
+    optimizer = getattr(sso_megatron, task.get("optimizer", "SSO"))(
         [{"params": group, "lr": lr} for group, lr in zip(members, lrs, strict=True)],
         shared=SpectralConfig(tp_mode=task["mode"], workspace_mib=task.get("workspace_mib", 512)),
         find_layout=lambda p: layouts[id(p)],
@@ -90,9 +92,10 @@ def train() -> None:
             optimizer.step()
     save("collectives", seen.steps)
     save("modes", {member.name: batch.mode for batch in optimizer.batches for member in batch.members})
-    named = [entry for entry in optimizer.retracted() if "[below" not in entry[0]]
-    save("radii", {name: radius for name, _, radius in named})
-    save("retracted", {name: matrix.clone() for name, matrix, _ in named})
+    if isinstance(optimizer, SSO):
+        named = [entry for entry in optimizer.retracted() if "[below" not in entry[0]]
+        save("radii", {name: radius for name, _, radius in named})
+        save("retracted", {name: matrix.clone() for name, matrix, _ in named})
     # Put together by the tests' own means, not by the optimizer's.
     finals = {}
     for name, (_, _, dim, rows) in task["matrices"].items():

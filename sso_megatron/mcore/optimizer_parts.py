@@ -102,7 +102,7 @@ def step_of(inner: torch.optim.Optimizer) -> int:
 
 def set_step(inner: torch.optim.Optimizer, step: int) -> None:
     """Go on counting from ``step``."""
-    if isinstance(inner, SpectralOptimizer):
+    if isinstance(inner, SpectralOptimizer) and not inner.counts_steps:
         return
     if not _counts_by_parameter(inner):  # FusedAdam of TransformerEngine or apex
         for group in inner.param_groups:

@@ -43,14 +43,21 @@ class SpectralOptimizer(torch.optim.Optimizer):
     """
 
     on_written: Callable[[list[Tensor]], None] | None = None
+    state_names: tuple[str, ...] = ("momentum_buffer",)
+    """What is kept of a parameter in its own shape, in ``state_dtype``."""
+    takes_vectors = False
+    """Whether parameters of fewer dimensions than a matrix are taken, too, which the subclass updates."""
+    counts_steps = False
+    """Whether the steps taken are counted: ``step`` in each parameter group, as FusedAdam has it, a 0-d
+    float32 tensor on the device, or a number until the next step."""
 
     def __init__(
         self,
         params: ParamsT,
         *,
         lr: float | Tensor,
-        momentum: float,
-        nesterov: bool,
+        momentum: float = 0.0,
+        nesterov: bool = False,
         weight_decay: float,
         shared: SpectralConfig,
         find_layout: FindLayout | None,
@@ -70,27 +77,38 @@ class SpectralOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             yield from group["params"]
 
+    def state_dtype(self, param: Tensor) -> torch.dtype:
+        """What a parameter's state is kept in: float32, or float64 for a float64 parameter."""
+        return torch.promote_types(param.dtype, torch.float32)
+
     def init_state(self) -> None:
-        """Make the momentum of every parameter, so that a checkpoint can be loaded into it."""
+        """Make the state of every parameter and the count of steps, so that a checkpoint can be loaded."""
+        for group in self.param_groups if self.counts_steps else ():
+            step = group.get("step", 0)
+            device = group["params"][0].device if group["params"] else torch.device("cpu")
+            if isinstance(step, Tensor):
+                group["step"] = step.to(device, torch.float32)
+            else:
+                group["step"] = torch.full((), float(step), device=device)
         for param in self._parameters():
-            if "momentum_buffer" not in self.state[param]:
-                dtype = torch.promote_types(param.dtype, torch.float32)
-                self.state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
+            state = self.state[param]
+            for name in self.state_names:
+                if name not in state:
+                    state[name] = torch.zeros_like(param, dtype=self.state_dtype(param))
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with ``spectral_state`` under ``spectral``."""
         return super().state_dict() | {"spectral": self.spectral_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load momenta, groups and what is kept of each matrix; see ``load_spectral_state``."""
+        """Load parameters' state, groups and what is kept of each matrix; see ``load_spectral_state``."""
         super().load_state_dict(state_dict)
-        # torch rounds floating state to the parameter's dtype: take float32 momenta from the source.
+        # torch rounds state to the parameter's dtype: take it from the source.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, param in zip(saved, self._parameters(), strict=True):
-            if "momentum_buffer" in self.state[param]:
-                source = state_dict["state"][index]["momentum_buffer"]
-                dtype = torch.promote_types(param.dtype, torch.float32)
-                self.state[param]["momentum_buffer"] = source.to(param.device, dtype, copy=True)
+            for name, source in state_dict["state"].get(index, {}).items():
+                if isinstance(source, Tensor):
+                    self.state[param][name] = source.to(param.device, self.state_dtype(param), copy=True)
         self.load_spectral_state(state_dict.get("spectral", {}))
 
     def spectral_state(self) -> dict[str, MatrixState]:
@@ -125,7 +143,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group, has_layouts=self._find_layout is not None)
+            _check_group(group, self._find_layout is not None, self.takes_vectors)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -178,6 +196,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.init_state()
+        self.begin_step()
         for param in self._parameters():
             if param.grad is None:
                 continue
@@ -186,7 +205,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
                     "a spectral step needs dense gradients; give a parameter with sparse "
                     "gradients to torch.optim.SparseAdam"
                 )
-            update_momentum_(self.state[param]["momentum_buffer"], param.grad, self._momentum)
+            self.take_gradient_(param, param.grad)
         schedule = self._scheduled()
         if self.on_written is not None:
             members = (member for batch in schedule.batches for member in batch.members)
@@ -254,14 +273,33 @@ class SpectralOptimizer(torch.optim.Optimizer):
         for k in range(0, len(members), size):
             some = members[k : k + size]
             copy_all_(weights[k : k + size], [m.split.read(m.param.detach()) for m in some])
-            self._read_directions(some, directions[k : k + size])
+            self.read_directions(some, directions[k : k + size])
 
-    def _read_directions(self, members: list[Member], places: list[Tensor]) -> None:
-        momenta = [m.split.read(self.state[m.param]["momentum_buffer"]) for m in members]
+    def begin_step(self) -> None:
+        """Count the step; once, before anything is read or written."""
+        for group in self.param_groups if self.counts_steps else ():
+            group["step"].add_(1)
+
+    def take_gradient_(self, param: Tensor, gradient: Tensor) -> None:
+        """Take a parameter's gradient into its state, before any batch is worked on."""
+        update_momentum_(self.state[param]["momentum_buffer"], gradient, self._momentum)
+
+    def read_directions(self, members: list[Member], places: list[Tensor]) -> None:
+        """Put this rank's part of what ``update_batch_`` gets as ``N`` into the places given."""
+        momenta = self.read_state(members, "momentum_buffer")
         if not self._nesterov:
             copy_all_(places, momenta)
             return
         # The look ahead, (1 - beta) G + beta M, in place.
+        self.read_gradients(members, places)
+        torch._foreach_lerp_(places, momenta, self._momentum)
+
+    def read_state(self, members: list[Member], name: str) -> list[Tensor]:
+        """This rank's part of each matrix of one of ``state_names``: a view where rows are contiguous."""
+        return [m.split.read(self.state[m.param][name]) for m in members]
+
+    def read_gradients(self, members: list[Member], places: list[Tensor]) -> None:
+        """Put this rank's part of gradients into the places given, zeros where there is none."""
         filled, gradients = [], []
         for member, place in zip(members, places, strict=True):
             if member.param.grad is None:
@@ -270,7 +308,6 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 filled.append(place)
                 gradients.append(member.split.read(member.param.grad))
         copy_all_(filled, gradients)
-        torch._foreach_lerp_(places, momenta, self._momentum)
 
     def _write(self, members: list[Member], values: list[Tensor]) -> None:
         """Put this rank's part of updated weights into the parameters.
@@ -302,7 +339,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             batch: gives the group's settings and holds the algorithm's cache and statistics.
             W: ``(b, p, q)`` weights of ``batch.here``, of which there may be none, float32 or float64;
                 whole matrices, or rows of them where ``batch.placement.total`` sums over the others.
-            N: ``(b, p, q)`` momentum direction, same dtype.
+            N: ``(b, p, q)`` what ``read_directions`` gave, here the momentum, same dtype.
         """
         raise NotImplementedError
 
@@ -339,14 +376,15 @@ def _check_lr(lr: float | Tensor, params: list[Tensor]) -> None:
         raise ValueError(f"lr={lr!r} must be a float, or a floating-point tensor of shape ()")
     if not 0 <= lr < math.inf:  # of a tensor the one look at its value: steps do not wait for the device
         raise ValueError(
-            f"lr={lr!r} must not be negative, and must be finite; the paper's range is 1e-3 to 3e-2"
+            f"lr={lr!r} must not be negative, and must be finite; what to start from is in docs/algorithms"
         )
 
 
-def _check_group(group: dict[str, Any], has_layouts: bool) -> None:
+def _check_group(group: dict[str, Any], has_layouts: bool, takes_vectors: bool) -> None:
     for param in group["params"]:
         # A layout may see matrices in a tensor of more dimensions, such as packed experts.
-        if param.ndim < 2 or param.numel() == 0 or (param.ndim > 2 and not has_layouts):
+        is_odd = (param.ndim < 2 and not takes_vectors) or (param.ndim > 2 and not has_layouts)
+        if is_odd or param.numel() == 0:
             raise ValueError(
                 f"a parameter of shape {tuple(param.shape)} is no matrix; give parameters that are "
                 "not 2-D, and embeddings and the output layer, to torch.optim.AdamW"

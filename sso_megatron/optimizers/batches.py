@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sso_megatron.linalg.part import Part
 from sso_megatron.matrices.layout import ParameterLayout, Split
 from sso_megatron.parallel.placement import Placement
 from sso_megatron.parallel.shards import Shards
@@ -68,6 +69,15 @@ class MatrixBatch:
     def shape(self) -> tuple[int, int]:
         """Global ``(d_out, d_in)``."""
         return self.members[0].split.shape
+
+    @property
+    def part(self) -> Part:
+        """Which part of its matrices this rank works on. Columns that are cut are handed out as rows."""
+        total = self.placement.total
+        if self.shards is None or total is None:
+            return Part(self.shape)
+        cut = self.shards.cuts[0]
+        return Part(self.shape, total, sum(cut.lengths[: self.shards.rank]) if cut.dim else None)
 
     @property
     def options(self) -> dict[str, Any]:

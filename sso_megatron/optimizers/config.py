@@ -177,9 +177,173 @@ class SSOConfig:
         require(self, "symmetric_kernel", has_products, "needs msign_precision='bf16'")
 
 
+@dataclass(frozen=True)
+class SpectraConfig:
+    """Settings of Spectra (arXiv 2602.11185)."""
+
+    momentum: float = setting(0.95, "decay mu of the heavy ball M <- mu M + G", "paper")
+    nesterov: bool = setting(False, "look ahead by one gradient: G + mu M instead of M")
+    rank_ratio: float = setting(
+        0.015, "singular values of the spike by the short side of the matrix; at least one", "paper"
+    )
+    power_iterations: int = setting(1, "passes of the cached power iteration a step", "paper")
+    update_rms: float = setting(0.2, "root mean square of the update's entries, by lr", "paper")
+    eps: float = setting(
+        1e-8, "added to the root mean square that is divided by; the paper's value is not known to us"
+    )
+    momentum_dtype: Literal["fp32", "bf16"] = setting(
+        "fp32", "precision that the momentum is kept in; bf16 halves the optimizer's state"
+    )
+    weight_decay: float = setting(
+        0.1, "decoupled weight decay of the matrices; the paper's value is not known to us"
+    )
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        require(self, "momentum", 0 <= self.momentum < 1, "must lie in [0, 1)")
+        require(self, "rank_ratio", 0 < self.rank_ratio < 1, "must lie in (0, 1)")
+        require(self, "power_iterations", self.power_iterations >= 1, "must be at least 1")
+        _check_positive(self, "update_rms", "eps")
+        require(self, "weight_decay", self.weight_decay >= 0, "must not be negative")
+
+
+@dataclass(frozen=True)
+class SpectralAdamConfig:
+    """Settings of SpectralAdam."""
+
+    high_threshold: float = setting(
+        1.5, "ratio of the gradient's Frobenius norm to the last one's above which it is divided", "paper"
+    )
+    low_threshold: float = setting(0.67, "the ratio below which it is divided", "paper")
+    period: int = setting(50, "it is also divided at every step that this divides, counted from 1", "paper")
+    beta1: float = setting(0.9, "decay of the gradient's moving average; not published")
+    beta2: float = setting(0.95, "decay of its square's; not published")
+    eps: float = setting(1e-8, "AdamW's, also in the ratio of norms; not published")
+    weight_decay: float = setting(0.1, "decoupled weight decay of the matrices", "paper")
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "high_threshold", "low_threshold", "eps")
+        is_ordered = self.low_threshold < self.high_threshold
+        require(
+            self, "low_threshold", is_ordered, f"must be less than high_threshold={self.high_threshold}"
+        )
+        require(self, "period", self.period >= 1, "must be at least 1")
+        for name in ("beta1", "beta2"):
+            require(self, name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
+        require(self, "weight_decay", self.weight_decay >= 0, "must not be negative")
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        is_positive = 0 < getattr(config, name) < math.inf
+        require(config, name, is_positive, "must be positive and finite")
+
+
+def one_config[C](config_type: type[C], config: C | None, settings: dict[str, Any]) -> C:
+    """The configuration given as an object, or made from settings by name.
+
+    Raises:
+        TypeError: both were given, or a setting does not exist.
+    """
+    if config is not None and settings:
+        raise TypeError(f"give config or {', '.join(settings)}, not both")
+    return config if config is not None else config_type(**settings)
+
+
 _COUNTS = (
     "solver_max_iterations",
     "msign_steps",
     "power_block",
     "power_degree",
 )
+
+
+@dataclass(frozen=True)
+class SpectralClipConfig:
+    """Settings of SPECTRA, spectral clipping of another optimizer's updates (arXiv 2603.14315)."""
+
+    base: Literal["adamw", "signum", "ademamix"] = setting(
+        "adamw", "optimizer whose updates are clipped", "paper"
+    )
+    c: float = setting(10.0, "spectral norm that no clipped update exceeds", "paper")
+    c_warmup_steps: int = setting(
+        0,
+        "steps of the learning rate's warmup, over which c is c*lr_peak/lr; 0: c does not change",
+        "paper: as long as the warmup",
+    )
+    lr_peak: float = setting(
+        0.0,
+        "learning rate that the warmup ends at; 0: max_lr of the parameter group, or else the learning "
+        "rate that the group is made with",
+        "paper",
+    )
+    c_decay: Literal["none", "linear", "sqrt", "cosine", "exp", "square"] = setting(
+        "none", "how c falls over the last c_decay_steps", "paper; sqrt in its 780M and 820M runs"
+    )
+    c_decay_steps: int = setting(0, "the last steps, over which c falls", "paper: a fifth of them")
+    c_final: float = setting(0.0, "share of c that the decay ends at", "published code")
+    train_steps: int = setting(0, "steps of the whole training, which c_decay and ademamix look at")
+    apply_to: Literal["all", "2d"] = setting(
+        "all",
+        "all: parameters that are no matrices are clipped too, by their norm; 2d: matrices alone",
+        "paper",
+    )
+    one_dimensional: Literal["published", "continuous"] = setting(
+        "published",
+        "what clipping is to a vector v: v/sqrt(1+||v||^2/c^2), and published leaves those with ||v|| <= c "
+        "as they are, which jumps at c",
+        "published code; continuous ours",
+    )
+    pre_clip_c: float = setting(
+        0.0, "c of clipping the gradients of matrices before anything else; 0: not", "paper: 0.1, optional"
+    )
+    beta1: float = setting(0.9, "adamw, ademamix: decay of the gradient's average", "paper")
+    beta2: float = setting(
+        0.95, "adamw: decay of the squared gradient's average", "SSO paper; this one 0.999"
+    )
+    eps: float = setting(1e-8, "adamw, ademamix: added to the root", "torch, apex")
+    momentum: float = setting(0.95, "signum: decay of the gradient's average", "paper")
+    nesterov: bool = setting(True, "signum: look ahead by one gradient", "paper")
+    ademamix_beta2: float = setting(0.999, "ademamix: decay of the squared gradient's average", "paper")
+    ademamix_beta3: float = setting(0.999, "ademamix: decay of the slow average", "paper")
+    ademamix_alpha: float = setting(8.0, "ademamix: weight of the slow average", "paper")
+    ademamix_warmup_steps: int = setting(
+        0, "ademamix: steps over which beta3 and alpha grow; 0: train_steps", "paper: all steps"
+    )
+    msign_steps: int = setting(8, "Newton-Schulz steps", "ours; the paper has 10 of another iteration")
+    weight_decay: float = setting(0.1, "decoupled weight decay of the matrices; vectors have none", "paper")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        require(self, "c", 0 < self.c < math.inf, "must be positive and finite")
+        for name in ("beta1", "beta2", "momentum", "ademamix_beta2", "ademamix_beta3"):
+            require(self, name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
+        for name in ("eps", "lr_peak", "pre_clip_c", "ademamix_alpha", "weight_decay"):
+            require(self, name, 0 <= getattr(self, name) < math.inf, "must not be negative")
+        for name in ("c_warmup_steps", "c_decay_steps", "train_steps", "ademamix_warmup_steps"):
+            require(self, name, getattr(self, name) >= 0, "must not be negative")
+        # With six the table overshoots 1 by 1e-3, and so the clipped norm c.
+        require(self, "msign_steps", self.msign_steps >= 7, "must be at least 7")
+        least = 0 if self.c_decay != "exp" else math.ulp(0.0)
+        require(
+            self, "c_final", least <= self.c_final <= 1, "must lie in [0, 1], with c_decay='exp' above 0"
+        )
+        decays = self.c_decay != "none"
+        require(
+            self, "c_decay", not decays or self.c_decay_steps > 0, "needs c_decay_steps, the steps it takes"
+        )
+        require(
+            self, "c_decay", not decays or self.train_steps > 0, "needs train_steps, to know the last ones"
+        )
+        held = self.train_steps - (self.c_decay_steps if decays else 0)
+        fits = not self.train_steps or self.c_warmup_steps <= held
+        require(
+            self, "train_steps", fits, "must not be less than c_warmup_steps and c_decay_steps together"
+        )
+        knows = self.base != "ademamix" or self.ademamix_warmup_steps or self.train_steps
+        require(
+            self,
+            "base",
+            bool(knows),
+            "needs ademamix_warmup_steps, or train_steps; without a warmup give 1",
+        )

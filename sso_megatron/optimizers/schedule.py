@@ -236,7 +236,7 @@ def _spread(batches: list[MatrixBatch], num_waits: int, work: PolarWork) -> list
     """About equal work for each wait."""
     waits: list[list[MatrixBatch]] = [[] for _ in range(num_waits)]
     costs = [len(batch.members) * work.flops(batch.shape) for batch in batches]
-    done, total = 0.0, sum(costs)
+    done, total = 0.0, sum(costs) or 1.0
     for batch, cost in zip(batches, costs, strict=True):
         waits[int((done + cost / 2) / total * num_waits)].append(batch)
         done += cost

@@ -13,7 +13,7 @@ from sso_megatron.linalg.symmetric import Products, load_kernel
 from sso_megatron.matrices.scaling import target_radius, update_scale
 from sso_megatron.optimizers.base import FindLayout, MatrixState, SpectralOptimizer
 from sso_megatron.optimizers.batches import MatrixBatch
-from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
+from sso_megatron.optimizers.config import SpectralConfig, SSOConfig, one_config
 from sso_megatron.parallel.cost import PolarWork
 from sso_megatron.parallel.shards import copy_all_
 from sso_megatron.updates.sso import (
@@ -73,9 +73,7 @@ class SSO(SpectralOptimizer):
             TypeError: a setting that does not exist, or ``config`` and ``settings`` together.
             ImportError: the package of ``symmetric_kernel`` is not installed.
         """
-        if config is not None and settings:
-            raise TypeError(f"give config or {', '.join(settings)}, not both")
-        self.config = self._complete(config or SSOConfig(**settings))
+        self.config = self._complete(one_config(SSOConfig, config, settings))
         c = self.config
         if c.symmetric_kernel != "torch":
             load_kernel(c.symmetric_kernel)

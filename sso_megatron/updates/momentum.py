@@ -1,5 +1,6 @@
-"""Momentum shared by the spectral optimizers."""
+"""Momentum of the spectral optimizers."""
 
+import torch
 from torch import Tensor
 
 
@@ -12,3 +13,14 @@ def update_momentum_(momentum: Tensor, gradient: Tensor, beta: float) -> None:
         beta: in [0, 1).
     """
     momentum.lerp_(gradient.to(momentum.dtype), 1 - beta)
+
+
+def update_heavy_ball_(momentum: Tensor, gradient: Tensor, mu: float) -> None:
+    """``M <- mu M + G`` in place (arXiv 2602.11185), rounded once where M is in half precision.
+
+    Args:
+        momentum: any shape.
+        gradient: same shape, any dtype.
+        mu: in [0, 1).
+    """
+    torch.add(gradient, momentum, alpha=mu, out=momentum)

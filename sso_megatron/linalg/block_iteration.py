@@ -1,0 +1,93 @@
+"""Cached power iteration with a block: the largest singular directions of matrices that change slowly.
+
+An orthogonal iteration, whose block is carried on from step to step (arXiv 2602.11185); with one column it
+is the ordinary power iteration. Matrices may be cut (``linalg.part``).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sso_megatron.linalg.orthonormal import orthonormalize
+from sso_megatron.linalg.part import Part
+from sso_megatron.linalg.precision import float32_products
+
+# Passes of a start from random vectors: with these the block has more of M than torch.svd_lowrank finds, on
+# noise, spikes in noise and singular values that fall as j^-1/2 and j^-1 (512 x 512 and 512 x 1536).
+_COLD_PASSES = 4
+
+
+class Block(NamedTuple):
+    """What ``iterate_block`` finds of ``(m, n)`` matrices.
+
+    Attributes:
+        U: ``(b, p, k)`` the rows held here of an orthonormal block on the left.
+        Y: ``(b, n, k)``, ``M^T U``, whole.
+        lengths: ``(b, k)`` float64 lengths of Y's columns: the singular values, once it has settled.
+    """
+
+    U: Tensor
+    Y: Tensor
+    lengths: Tensor
+
+
+def iterate_block(M: Tensor, V: Tensor, part: Part, *, num_passes: int = 1) -> Block:
+    """``U`` an orthonormal basis of ``M V``, and ``Y = M^T U``; its unit columns are the next pass's ``V``.
+
+    A pass takes ``4 p q k`` flops. Sums over ranks: three a pass where rows are cut (two of ``k x k``
+    float64 numbers, one of ``n x k``), two where columns are cut (of ``m x k`` and ``n x k``).
+
+    Args:
+        M: ``(b, p, q)`` float32 or float64, the part that is held here.
+        V: ``(b, n, k)`` block to start from, the same on every rank; its columns need not be orthogonal.
+        part: where M lies in the whole matrices.
+        num_passes: at least 1.
+    """
+    block = _pass(M, V, part)
+    for _ in range(num_passes - 1):
+        V = unit_columns(block.Y, block.lengths, otherwise=V)
+        block = _pass(M, V, part)
+    return block
+
+
+def _pass(M: Tensor, V: Tensor, part: Part) -> Block:
+    U = orthonormalize(part.times(M, V), part.rows_total)
+    Y = part.transpose_times(M, U)
+    return Block(U, Y, torch.linalg.vector_norm(Y, dim=-2, dtype=torch.float64))
+
+
+@float32_products("ieee")
+def find_block(M: Tensor, k: int, part: Part) -> Tensor:
+    """``(b, n, k)`` right singular vectors to start from, largest first, the same on every rank.
+
+    From a fixed random block, by four passes and a rotation within what they found; the host waits for the
+    device. Where M has fewer than k directions the others are random.
+    """
+    n = part.shape[1]
+    # A generator of its own: the training's random state must not depend on the optimizer.
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q
+    V = basis.to(device=M.device, dtype=M.dtype).expand(M.size(0), -1, -1)
+    _, Y, lengths = iterate_block(M, V, part, num_passes=_COLD_PASSES)
+    # Scaled, so that the squares of small momenta are there for eigh.
+    size = torch.linalg.vector_norm(lengths, dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
+    Y = Y.double() / size[:, None, None]
+    Y = Y @ torch.linalg.eigh(Y.mT @ Y).eigenvectors.flip(-1)
+    lengths = torch.linalg.vector_norm(Y, dim=-2)
+    floor = torch.finfo(M.dtype).eps * lengths[:, :1]
+    return unit_columns(Y.to(M.dtype), lengths, otherwise=V, floor=floor)
+
+
+def unit_columns(Y: Tensor, lengths: Tensor, *, otherwise: Tensor, floor: Tensor | float = 0.0) -> Tensor:
+    """``Y`` with its columns divided by their ``lengths``; those not above ``floor`` from ``otherwise``.
+
+    Args:
+        Y: ``(b, n, k)``.
+        lengths: ``(b, k)`` float64.
+        otherwise: ``(b, n, k)``.
+        floor: at least 0, of all or ``(b, 1)``.
+    """
+    is_long = (lengths > floor) & (lengths > torch.finfo(Y.dtype).tiny)
+    scales = torch.where(is_long, 1 / lengths, 0.0).to(Y.dtype)
+    return torch.where(is_long.unsqueeze(-2), Y * scales.unsqueeze(-2), otherwise)

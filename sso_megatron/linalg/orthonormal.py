@@ -1,0 +1,43 @@
+"""An orthonormal basis of a thin block whose rows may be cut over ranks, from its Gram matrices."""
+
+import torch
+from torch import Tensor
+
+from sso_megatron.linalg.polar import Total
+
+# Added to the Gram matrix of unit columns, so that rounding cannot end its Cholesky factorisation early:
+# the largest error of a sum of 1e4 products in float64. What is left of a column beside the ones before
+# it comes out of a pass at full length if it was longer than 1e-6; below, the second pass does the rest.
+_SHIFT = 1e-12
+_PASSES = 2
+
+
+def orthonormalize(P: Tensor, total: Total | None = None) -> Tensor:
+    """``U`` with the orthonormal columns of a QR factorisation of ``P``, in two passes of Cholesky-QR.
+
+    Columns may be of any scales. Where nothing but rounding is left of a column beside those before it,
+    it comes out arbitrary or zero, at most of length 1; a zero column as zero. Signs are those of a
+    triangular factor with a positive diagonal. The passes are in float64, and do not wait for the device.
+
+    Args:
+        P: ``(b, p, k)`` float32 or float64, all rows or this rank's.
+        total: sum over the ranks that hold the other rows, called twice, with ``(b, k, k)`` float64
+            numbers; None for whole blocks.
+
+    Returns:
+        ``(b, p, k)`` in P's dtype.
+    """
+    U = P.double()
+    unit = torch.eye(P.size(-1), dtype=U.dtype, device=U.device)
+    for number in range(_PASSES):
+        gram = U.mT @ U
+        if total is not None:
+            gram = total(gram)
+        lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        # Once only: what is short after a pass is rounding, and must not grow.
+        scales = torch.where(lengths > 0, 1 / lengths, 0.0) if number == 0 else torch.ones_like(lengths)
+        gram = scales.unsqueeze(-1) * gram * scales.unsqueeze(-2)
+        factor = torch.linalg.cholesky_ex(gram + _SHIFT * unit).L
+        inverse = torch.linalg.solve_triangular(factor, unit, upper=False)
+        U = U @ (scales.unsqueeze(-1) * inverse.mT)
+    return U.to(P.dtype)

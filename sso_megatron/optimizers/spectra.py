@@ -1,0 +1,133 @@
+"""Spectra as a torch optimizer (arXiv 2602.11185)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from sso_megatron.linalg.block_iteration import find_block
+from sso_megatron.optimizers.base import FindLayout, MatrixState, SpectralOptimizer
+from sso_megatron.optimizers.batches import MatrixBatch, Member
+from sso_megatron.optimizers.config import SpectraConfig, SpectralConfig, one_config
+from sso_megatron.parallel.cost import PolarWork
+from sso_megatron.updates.momentum import update_heavy_ball_
+from sso_megatron.updates.spectra import SpectraCache, SpectraRule, spectra_step_, spike_rank
+
+
+class Spectra(SpectralOptimizer):
+    """Spectra: the momentum with its largest singular values, the spike, brought down to the others' mean.
+
+    For every 2-D parameter, or every logical matrix of it, where ``find_layout`` names them. State is the
+    momentum and the spike's right singular vectors: half of AdamW's, or a quarter with a bf16 momentum.
+
+    Collectives: see ``SpectralOptimizer``. Host synchronisations: of the first step alone.
+
+    Example:
+        >>> matrices = [p for p in model.parameters() if p.ndim == 2]
+        >>> optimizer = Spectra(matrices, lr=1e-3)
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        config: SpectraConfig | None = None,
+        shared: SpectralConfig | None = None,
+        find_layout: FindLayout | None = None,
+        **settings: Any,
+    ) -> None:
+        """Make the optimizer.
+
+        Args:
+            params: 2-D parameters, or groups of them; a group may have its own ``lr`` and nothing else.
+            lr: learning rate, on AdamW's scale; the paper's is not known to us.
+            config: settings as one object, instead of ``settings``.
+            shared: settings that all spectral optimizers share.
+            find_layout: gives a parameter's ``ParameterLayout``; without it every parameter is one
+                matrix.
+            settings: fields of ``SpectraConfig`` by name.
+
+        Raises:
+            ValueError: a setting outside its rule, or a parameter that is no matrix.
+            TypeError: a setting that does not exist, or ``config`` and ``settings`` together.
+        """
+        c = self.config = one_config(SpectraConfig, config, settings)
+        self._rule = SpectraRule(c.power_iterations, c.update_rms, c.eps)
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=c.momentum,
+            nesterov=c.nesterov,
+            weight_decay=c.weight_decay,
+            shared=shared or SpectralConfig(),
+            find_layout=find_layout,
+        )
+
+    def state_dtype(self, param: Tensor) -> torch.dtype:
+        """``momentum_dtype``; float64 for a float64 parameter."""
+        if self.config.momentum_dtype == "bf16":
+            return torch.bfloat16
+        return super().state_dtype(param)
+
+    def take_gradient_(self, param: Tensor, gradient: Tensor) -> None:
+        """``M <- mu M + G``."""
+        update_heavy_ball_(self.state[param]["momentum_buffer"], gradient, self._momentum)
+
+    def read_directions(self, members: list[Member], places: list[Tensor]) -> None:
+        """``M``, or ``G + mu M`` with Nesterov."""
+        if not self._nesterov:
+            super().read_directions(members, places)
+            return
+        self.read_gradients(members, places)
+        torch._foreach_add_(places, self.read_state(members, "momentum_buffer"), alpha=self._momentum)
+
+    def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
+        """Take the step in place; see ``updates.spectra.spectra_step_``."""
+        part = batch.part
+        if part.first_column is not None:
+            W, N = W.mT, N.mT
+        if batch.cache is None:
+            batch.cache = self._start(batch, N)
+        lr = batch.group["lr"]
+        batch.stats = spectra_step_(W, N, batch.cache, lr=lr, rule=self._rule, part=part)
+
+    def _start(self, batch: MatrixBatch, M: Tensor) -> SpectraCache:
+        """From a checkpoint, else from the first momentum."""
+        states, rank = self.take_loaded(batch), self._rank(batch.shape)
+        known = [state if state and self.fits(batch, state) else None for state in states]
+        is_known = all(known)
+        V = M.new_empty(len(known), batch.shape[1], rank) if is_known else find_block(M, rank, batch.part)
+        for place, state in zip(V, known, strict=True):
+            if state:
+                place.copy_(state["spike_vectors"])
+        return SpectraCache(V)
+
+    def _rank(self, shape: tuple[int, int]) -> int:
+        return spike_rank(shape, self.config.rank_ratio)
+
+    def matrix_states(self, batch: MatrixBatch) -> list[MatrixState]:
+        """The spike's right singular vectors."""
+        return [{"spike_vectors": V.clone()} for V in batch.cache.V.cpu()]
+
+    def fits(self, batch: MatrixBatch, state: MatrixState) -> bool:
+        """Whether the spike's vectors are there in the wanted number."""
+        wanted = (batch.shape[1], self._rank(batch.shape))
+        return "spike_vectors" in state and state["spike_vectors"].shape == wanted
+
+    def polar_work(self) -> PolarWork:
+        """No Newton-Schulz iteration at all."""
+        return PolarWork(0, 0)
+
+    def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Weight, momentum and a copy of it for its norm; or thin blocks in float64 instead of the copy."""
+        (m, n), rank = shape, self._rank(shape)
+        shaping = (3 * m * n + (m + 2 * n) * rank) * dtype.itemsize
+        thin = (3 * m + 2 * n + 5 * rank) * rank * torch.float64.itemsize
+        iterating = (2 * m * n + (m + n) * rank) * dtype.itemsize + thin
+        return max(shaping, iterating)
+
+    def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        """As of a whole matrix of this rank's size, but for the thin block of all columns."""
+        return self.workspace((rows, columns), dtype)

@@ -1,0 +1,269 @@
+"""AdamW, Signum and AdEMAMix with spectrally clipped updates, as a torch optimizer (arXiv 2603.14315)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from sso_megatron.linalg.coefficients import polar_coefficients
+from sso_megatron.linalg.spectral_clip import spectral_clip
+from sso_megatron.matrices.layout import ParameterLayout
+from sso_megatron.matrices.scaling import update_scale
+from sso_megatron.optimizers.base import FindLayout, MatrixState, SpectralOptimizer
+from sso_megatron.optimizers.batches import MatrixBatch, Member
+from sso_megatron.optimizers.config import SpectralClipConfig, SpectralConfig, one_config
+from sso_megatron.parallel.cost import PolarWork
+from sso_megatron.parallel.placement import Duplicated, Placement
+from sso_megatron.updates.bases import AdamW, AdEMAMix, Base, Numbers, Signum, States
+from sso_megatron.updates.spectral_clip import ClipSchedule, clip_vectors_, clipped_step_
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a step on one parameter group goes by.
+
+    Attributes:
+        numbers: of the base.
+        c: of the clipping.
+    """
+
+    numbers: Numbers
+    c: Tensor | float
+
+
+class SpectralClip(SpectralOptimizer):
+    """SPECTRA: another optimizer's update with its singular values clipped softly at ``c``.
+
+    ``W <- (1 - lr wd) W - lr alpha H_c(U)``, where ``U`` is the direction of AdamW, Signum or AdEMAMix and
+    ``alpha = sqrt(max(1, d_out / d_in))``, for every 2-D parameter, or every logical matrix of it where
+    ``find_layout`` names them. Parameters of fewer dimensions are taken as vectors, whole ones alone: they
+    have no weight decay, and with ``apply_to="all"`` their update is clipped by its Euclidean norm.
+
+    State, in float32 (float64 for float64 parameters), is the base's: ``exp_avg`` and ``exp_avg_sq``;
+    ``momentum_buffer``; or ``exp_avg_fast``, ``exp_avg_slow`` and ``exp_avg_sq``. Bias corrections, warmups
+    and the schedule of ``c`` go by the number of steps taken, which the parameter groups keep.
+
+    Collectives: see ``SpectralOptimizer``. No step waits for the device.
+
+    Example:
+        >>> optimizer = SpectralClip(model.parameters(), lr=1e-3, base="signum")
+    """
+
+    takes_vectors = True
+    counts_steps = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        config: SpectralClipConfig | None = None,
+        shared: SpectralConfig | None = None,
+        find_layout: FindLayout | None = None,
+        **settings: Any,
+    ) -> None:
+        """Make the optimizer.
+
+        Args:
+            params: parameters of at most two dimensions, or groups of them; a group may have its own
+                ``lr`` and ``max_lr`` and nothing else.
+            lr: learning rate; with ``c_warmup_steps`` and without ``lr_peak`` the one that the warmup ends
+                at, which is what torch's schedulers take it for. The paper trains with 1e-3.
+            config: settings as one object, instead of ``settings``.
+            shared: settings that all spectral optimizers share.
+            find_layout: gives the ``ParameterLayout`` of a parameter that is no vector; without it each is
+                one matrix.
+            settings: fields of ``SpectralClipConfig`` by name.
+
+        Raises:
+            ValueError: a setting outside its rule, a parameter of more dimensions, or a warmup of ``c``
+                to a learning rate that is not known.
+            TypeError: a setting that does not exist, or ``config`` and ``settings`` together.
+        """
+        self.config = c = one_config(SpectralClipConfig, config, settings)
+        self._base = _base(c)
+        self.state_names = self._base.state_names
+        self._coefficients = polar_coefficients("polar_express", c.msign_steps)
+        self._c = ClipSchedule(
+            c.c, c.c_warmup_steps, c.c_decay, c.c_decay_steps, c.c_final, num_steps=c.train_steps
+        )
+        self._peaks: list[float] = []
+        self._steps: dict[Tensor, _Step] = {}
+        super().__init__(
+            params,
+            lr=lr,
+            weight_decay=c.weight_decay,
+            shared=shared or SpectralConfig(),
+            find_layout=find_layout,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As ``SpectralOptimizer``'s; its learning rate's peak is found here, and not in a checkpoint."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        peak = float(self.config.lr_peak or group.get("max_lr") or group["lr"])
+        if self.config.c_warmup_steps and not peak > 0:
+            self.param_groups.pop()
+            raise ValueError(
+                f"lr={peak!r} is not what a warmup of c_warmup_steps={self.config.c_warmup_steps} ends at; "
+                "give lr_peak, or make the group with that learning rate"
+            )
+        self._peaks.append(peak)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``SpectralOptimizer``'s.
+
+        Raises:
+            ValueError: the state of another base.
+        """
+        for kept in state_dict["state"].values():
+            if kept and not set(self.state_names) <= kept.keys():
+                raise ValueError(
+                    f"base={self.config.base!r} keeps {', '.join(self.state_names)}, and the state to load "
+                    f"has {', '.join(map(str, kept))}; load the state of the same base"
+                )
+        super().load_state_dict(state_dict)
+
+    def _layout(self, group: dict[str, Any], position: int) -> ParameterLayout:
+        is_vector = group["params"][position].ndim < 2
+        return ParameterLayout("", ()) if is_vector else super()._layout(group, position)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One optimizer step; see the class for the collectives.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+        """
+        loss = super().step(closure)
+        for group in self.param_groups:
+            self._step_vectors(group)
+        self._steps.clear()
+        return loss
+
+    def begin_step(self) -> None:
+        """Count the step, and reckon what each group's step goes by."""
+        super().begin_step()
+        for group in self.param_groups:
+            count = group["step"].double()
+            step = _Step(self._base.numbers(count), self._c.at(count, group["lr"], self._peak(group)))
+            self._steps.update(dict.fromkeys(group["params"], step))
+
+    def take_gradient_(self, param: Tensor, gradient: Tensor) -> None:
+        """Take a parameter's gradient into the base's state."""
+        gradient = gradient.to(self.state_dtype(param))
+        self._base.update_(self._states([param]), [gradient], self._steps[param].numbers)
+
+    def _peak(self, group: dict[str, Any]) -> float:
+        return next(p for g, p in zip(self.param_groups, self._peaks, strict=True) if g is group)
+
+    def _states(self, params: list[Tensor]) -> States:
+        return {name: [self.state[param][name] for param in params] for name in self.state_names}
+
+    def read_directions(self, members: list[Member], places: list[Tensor]) -> None:
+        """Put this rank's part of the base's directions into the places given."""
+        # An exchange brings matrices of several parameter groups at once.
+        for step in {id(step): step for step in (self._steps[m.param] for m in members)}.values():
+            mine = [i for i, member in enumerate(members) if self._steps[member.param] is step]
+            some, U = [members[i] for i in mine], [places[i] for i in mine]
+            if self._base.looks_ahead:
+                self.read_gradients(some, U)
+            states = {name: self.read_state(some, name) for name in self.state_names}
+            self._base.direction_(U, states, step.numbers)
+
+    def _step_vectors(self, group: dict[str, Any]) -> None:
+        vectors = [param for param in group["params"] if param.ndim < 2]
+        for dtype in {param.dtype for param in vectors}:
+            params = [param for param in vectors if param.dtype == dtype and param.grad is not None]
+            if not params:
+                continue
+            step = self._steps[params[0]]
+            U = [
+                param.grad.to(self.state_dtype(param), copy=True)
+                for param in params
+                if param.grad is not None
+            ]
+            self._base.direction_(U, self._states(params), step.numbers)
+            if self.config.apply_to == "all":
+                clip_vectors_(U, step.c, is_continuous=self.config.one_dimensional == "continuous")
+            torch._foreach_mul_(U, group["lr"])
+            torch._foreach_sub_(params, U)
+        if vectors and self.on_written is not None:
+            self.on_written(vectors)
+
+    def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
+        """Clip the direction and step, in place; see ``updates.spectral_clip.clipped_step_``."""
+        clipped_step_(
+            W,
+            N,
+            c=self._steps[batch.members[0].param].c,
+            scale=update_scale(batch.shape, "spectral_kaiming", 1.0),
+            lr=batch.group["lr"],
+            coefficients=self._coefficients,
+            total=batch.placement.total,
+        )
+
+    @torch.no_grad()
+    def pre_clip_(self) -> None:
+        """Clip the gradients of all matrices at ``pre_clip_c`` in place; nothing where that is 0.
+
+        To be called after the backward pass, before the global norm is taken. During the warmup the
+        threshold is raised as ``c`` is, as in the published code. Every rank of a tensor-parallel group
+        must call it.
+
+        Collectives: of each batch that is cut one all-gather, or one all-reduce where the placement is
+        ``distributed``.
+        """
+        if not self.config.pre_clip_c:
+            return
+        self.init_state()
+        schedule = ClipSchedule(self.config.pre_clip_c, self.config.c_warmup_steps)
+        for batch in self.batches:
+            if batch.shards is None and all(member.param.grad is None for member in batch.members):
+                continue
+            # Between steps nothing brings results back from owners: all ranks clip all matrices.
+            placement: Placement = batch.placement
+            if batch.shards is not None and batch.mode == "owner":
+                placement = Duplicated(batch.shards)
+            room, (slots,) = placement.stage(1, **batch.options)
+            self.read_gradients(batch.members, slots)
+            (G,) = placement.spread(room, 1)
+            c = schedule.at(batch.group["step"].double() + 1, batch.group["lr"], self._peak(batch.group))
+            clipped = placement.own(spectral_clip(G, c, self._coefficients, placement.total))
+            for member, value in zip(batch.members, clipped, strict=True):
+                if member.param.grad is not None:
+                    member.split.write_(member.param.grad, value)
+
+    def matrix_states(self, batch: MatrixBatch) -> list[MatrixState]:
+        """Nothing is kept but what parameters and groups have."""
+        return [{} for _ in batch.here]
+
+    def fits(self, batch: MatrixBatch, state: MatrixState) -> bool:
+        """Always: nothing is needed."""
+        return True
+
+    def polar_work(self) -> PolarWork:
+        """One run of the polynomials, always on Gram matrices: for squares 1.3 times what this says."""
+        return PolarWork(1, len(self._coefficients))
+
+    def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Weight, direction and two iterates, and squares of the short side."""
+        return (4 * shape[0] * shape[1] + 6 * min(shape) ** 2) * dtype.itemsize
+
+    def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+        """The same, but for weight and direction in float64."""
+        in_double = 2 * rows * columns + 6 * columns**2
+        return 2 * rows * columns * dtype.itemsize + in_double * torch.float64.itemsize
+
+
+def _base(config: SpectralClipConfig) -> Base:
+    c = config
+    if c.base == "adamw":
+        return AdamW(c.beta1, c.beta2, c.eps)
+    if c.base == "signum":
+        return Signum(c.momentum, c.nesterov)
+    warmup_steps = c.ademamix_warmup_steps or c.train_steps
+    return AdEMAMix(c.beta1, c.ademamix_beta2, c.ademamix_beta3, c.ademamix_alpha, warmup_steps, c.eps)

@@ -1,0 +1,120 @@
+"""One step of SpectralAdam on a batch of matrices: AdamW, at times on the gradient by its spectral norm.
+
+The gradient is divided when its Frobenius norm has just jumped, and every so many steps. Otherwise AdamW
+gets it as it is, so that its averages mix gradients of two scales; that is how it was published.
+
+The same body works on whole matrices and on parts of them, cut along rows or along columns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sso_megatron.linalg.block_iteration import iterate_block, unit_columns
+from sso_megatron.linalg.part import Part
+from sso_megatron.linalg.polar import frobenius_norm
+from sso_megatron.linalg.precision import float32_products
+
+
+@dataclass(frozen=True)
+class SpectralAdamRule:
+    """How the step is taken; what does not change from matrix to matrix.
+
+    Attributes:
+        high: ratio of the gradient's Frobenius norm to the last one's above which it is divided.
+        low: the ratio below which it is.
+        period: steps from one division to the next at most.
+        beta1: decay of the gradient's moving average.
+        beta2: decay of its square's.
+        eps: added to the root of the second average, and to the norm that another is divided by.
+    """
+
+    high: float
+    low: float
+    period: int
+    beta1: float
+    beta2: float
+    eps: float
+
+
+@dataclass
+class SpectralAdamCache:
+    """What a batch keeps from step to step, beside AdamW's averages.
+
+    Attributes:
+        v: ``(b, n, 1)`` right singular vector of the gradient, whole on every rank, from ``find_block``.
+        norm: ``(b,)`` float64 Frobenius norm of the last gradient that was not zero; 0 before the first.
+    """
+
+    v: Tensor
+    norm: Tensor
+
+
+@dataclass(frozen=True)
+class SpectralAdamStats:
+    """What a step saw, on the device; nothing is synchronised.
+
+    Attributes:
+        sigma: ``(b,)`` the gradient's spectral norm by one power iteration.
+        ratio: ``(b,)`` its Frobenius norm by the last one's.
+        divided: ``(b,)`` whether it was divided by ``sigma``.
+    """
+
+    sigma: Tensor
+    ratio: Tensor
+    divided: Tensor
+
+
+@float32_products("ieee")
+def spectral_adam_step_(
+    W: Tensor,
+    G: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    cache: SpectralAdamCache,
+    *,
+    lr: Tensor | float,
+    rule: SpectralAdamRule,
+    part: Part,
+) -> SpectralAdamStats:
+    """AdamW's step in place, without its weight decay, on ``G`` or ``G / sigma(G)``.
+
+    ``G`` is divided when ``||G||_F`` by the last one is above ``high`` or below ``low``, in the first
+    step therefore, and at steps ``period``, ``2 period`` and so on. A zero gradient is not.
+
+    Sums over ranks: as a pass of ``iterate_block`` with one column, and one of ``(b,)`` numbers.
+
+    Args:
+        W: ``(b, p, q)`` weights, float32 or float64: whole logical matrices, or a part of each.
+        G: ``(b, p, q)`` gradient, same dtype; it is overwritten.
+        exp_avg: ``(b, p, q)`` moving average, same dtype, updated.
+        exp_avg_sq: ``(b, p, q)`` that of the squares, same dtype, updated.
+        step: number of this step, from 1; 0-d, floating point.
+        cache: used, and updated in place.
+        lr: learning rate, a number or a 0-d tensor on the device.
+        rule: the step's settings.
+        part: where W and G lie in the whole matrices.
+    """
+    norm = part.sum(frobenius_norm(G).square()).sqrt()
+    _, y, lengths = iterate_block(G, cache.v, part)
+    sigma = lengths[:, 0]
+    ratio = norm / (cache.norm + rule.eps)
+    has_jumped = (ratio > rule.high) | (ratio < rule.low)
+    divides = (has_jumped | (step.remainder(rule.period) == 0)) & (sigma > torch.finfo(G.dtype).tiny)
+    cache.v.copy_(unit_columns(y, lengths, otherwise=cache.v))
+    cache.norm.copy_(torch.where(norm > 0, norm, cache.norm))
+
+    G.mul_(_of(torch.where(divides, 1 / sigma, 1.0), G))
+    exp_avg.lerp_(G, 1 - rule.beta1)
+    exp_avg_sq.mul_(rule.beta2).addcmul_(G, G, value=1 - rule.beta2)
+    step = step.double()
+    root = torch.sqrt(exp_avg_sq, out=G).div_((1 - rule.beta2**step).sqrt().to(G.dtype)).add_(rule.eps)
+    W.sub_(torch.div(exp_avg, root, out=root).mul_((lr / (1 - rule.beta1**step)).to(G.dtype)))
+    return SpectralAdamStats(sigma, ratio, divides)
+
+
+def _of(numbers: Tensor, X: Tensor) -> Tensor:
+    """``(b,)`` numbers as factors of the matrices ``(b, p, q)``."""
+    return numbers.to(X.dtype)[:, None, None]
