@@ -45,11 +45,11 @@ def gradients_of(m: int, n: int, steps: int, kind: str, gen: torch.Generator) ->
 def train() -> None:
     """Steps of an optimizer on matrices cut over the world.
 
-    Saves every whole matrix, momentum and radius; the modes of the batches; and the collectives of
-    every step. The argument: ``optimizer`` (a class, SSO by default), ``matrices`` (name to
-    ``[m, n, dim, rows by rank]``), ``mode``, ``steps``, ``gradients`` (``noise`` or ``decaying``),
-    ``settings``, ``without_gradient`` (names), ``lrs`` (of each parameter group; parameters take turns),
-    ``workspace_mib``.
+    Saves every whole matrix; of SSO its retracted ones and radii, of others what is kept of each; the modes
+    of the batches; and the collectives of every step. The argument: ``optimizer`` (a class, SSO by default),
+    ``matrices`` (name to ``[m, n, dim, rows by rank]``), ``mode``, ``steps``, ``gradients`` (``noise`` or
+    ``decaying``), ``settings``, ``without_gradient`` (names), ``lrs`` (of each parameter group; parameters
+    take turns), ``workspace_mib``.
     """
     task = json.loads(sys.argv[1])
     dist.init_process_group("gloo")
@@ -96,6 +96,9 @@ def train() -> None:
         named = [entry for entry in optimizer.retracted() if "[below" not in entry[0]]
         save("radii", {name: radius for name, _, radius in named})
         save("retracted", {name: matrix.clone() for name, matrix, _ in named})
+    else:
+        kept = optimizer.spectral_state().items()
+        save("states", {(name, k): v for name, s in kept if "[below" not in name for k, v in s.items()})
     # Put together by the tests' own means, not by the optimizer's.
     finals = {}
     for name, (_, _, dim, rows) in task["matrices"].items():

@@ -8,6 +8,11 @@ import pytest
 import torch
 from conftest import Megatron, Run
 
+import sso_megatron
+from sso_megatron import SpectralConfig
+from sso_megatron.optimizers.schedule import step_traffic
+from sso_megatron.parallel.shards import even_cut
+
 MODES = ["duplicated", "owner", "distributed", "auto"]
 # Both dimensions, long and short side cut, square, several of a shape (more than ranks divide), whole.
 MATRICES: dict[str, Any] = {
@@ -86,6 +91,38 @@ def test_uneven_cuts(megatron, ranks, mode) -> None:  # type: ignore[no-untyped-
     run = train(megatron, ranks, UNEVEN[ranks], mode)
     assert worst_error(run, single) < 1e-4
     assert worst_error(run, single, "retracted") < 1e-4
+
+
+THIN = {"Spectra": {"rank_ratio": 0.1}, "SpectralAdam": {}}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "mode"),
+    [(name, mode) for name in THIN for mode in MODES if (name, mode) != ("SpectralAdam", "owner")],
+)
+def test_shards_stay_where_products_are_thin(megatron, optimizer, mode) -> None:  # type: ignore[no-untyped-def]
+    """Whatever dimension is cut; and what is kept of a matrix is whole, and the same in every layout."""
+    task = {"optimizer": optimizer, "settings": THIN[optimizer]}
+    for matrices, ranks in ((MATRICES, 2), (UNEVEN[2], 2), (UNEVEN[3], 3)):
+        single, run = (train(megatron, n, matrices, mode, **task) for n in (1, ranks))
+        assert worst_error(run, single) < 1e-4
+        assert worst_error(run, single, "states") < 1e-4
+        wanted = "distributed" if mode == "auto" else mode
+        for modes in run.saved("modes"):
+            assert {modes[name] for name, (_, _, dim, _) in matrices.items() if dim is not None} == {wanted}
+
+
+def test_what_thin_products_move_is_counted(megatron) -> None:  # type: ignore[no-untyped-def]
+    """Of a warm step, from shapes alone; a ring's all-reduce on two ranks brings each what it sums."""
+    matrices = {f"layer {i}": [96, 64, i % 2, None] for i in range(4)}
+    for optimizer in THIN:
+        run = train(megatron, 2, matrices, "auto", steps=2, optimizer=optimizer)
+        kind = getattr(sso_megatron, optimizer)([torch.nn.Parameter(torch.ones(2, 2))])
+        cuts = [even_cut((m, n), dim, 2) for m, n, dim, _ in matrices.values()]
+        counted = step_traffic(cuts, SpectralConfig(), kind)
+        for steps in run.saved("collectives"):
+            assert len(steps[1]) == counted.num_collectives
+            assert [sum(size for _, size in steps[1])] * 2 == counted.received
 
 
 @pytest.mark.parametrize("mode", MODES)

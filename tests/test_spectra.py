@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from conftest import Megatron
-from test_parallel import MATRICES, UNEVEN, train, worst_error
+from test_parallel import worst_error
 from test_sso import low_rank_problem, noise_problem, start
 
 from sso_megatron import Spectra, SpectraConfig, SpectralConfig
@@ -324,14 +324,6 @@ def test_cut_matrices_follow_whole_ones(megatron: Megatron) -> None:
             thin = [left, right] if dim else [gram, gram, right]
             for step in collectives[name][1:]:  # type: ignore[index]
                 assert step == [("all_reduce", size) for size in [*thin, 2 * 8]]
-
-
-@pytest.mark.parametrize("mode", ["duplicated", "owner", "distributed"])
-def test_placements_of_the_engine(megatron: Megatron, mode: str) -> None:
-    task = {"optimizer": "Spectra", "settings": {"rank_ratio": 0.1}}
-    for matrices in (MATRICES, UNEVEN[2]):
-        single, run = (train(megatron, ranks, matrices, mode, **task) for ranks in (1, 2))
-        assert worst_error(run, single) < 1e-4
 
 
 # ---------------------------------------------------------------- the optimizer

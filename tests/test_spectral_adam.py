@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 from conftest import Megatron
-from test_parallel import UNEVEN, train, worst_error
+from test_parallel import MATRICES, worst_error
 from test_spectra import CUT
 from test_sso import start
 
@@ -188,20 +188,9 @@ def test_cut_matrices_follow_whole_ones(megatron: Megatron) -> None:
                 assert step == [("all_reduce", size) for size in [2 * 8, *thin]]
 
 
-LONG = {"rows": [48, 18, 0, None], "columns": [18, 36, 1, None], "whole": [10, 14, None, None]}
-
-
-@pytest.mark.parametrize("mode", ["duplicated", "distributed"])
-def test_placements_of_the_engine(megatron: Megatron, mode: str) -> None:
-    for matrices in (LONG, UNEVEN[2]):
-        single, run = (train(megatron, n, matrices, mode, optimizer="SpectralAdam") for n in (1, 2))
-        assert set(run.saved("modes")[0].values()) <= {"local", mode}  # type: ignore[attr-defined]
-        assert worst_error(run, single) < 1e-4
-
-
 def test_owners_are_refused(megatron: Megatron) -> None:
     task = {
-        "matrices": LONG,
+        "matrices": MATRICES,
         "mode": "owner",
         "steps": 1,
         "gradients": "noise",

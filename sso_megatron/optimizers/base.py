@@ -15,7 +15,7 @@ from sso_megatron.optimizers.config import SpectralConfig
 from sso_megatron.optimizers.schedule import ExchangedBatches, Schedule, make_schedule
 from sso_megatron.parallel.cost import PolarWork
 from sso_megatron.parallel.exchange import Exchange
-from sso_megatron.parallel.shards import copy_all_
+from sso_megatron.parallel.shards import Cut, copy_all_
 from sso_megatron.updates.momentum import update_momentum_
 
 FindLayout = Callable[[Tensor], ParameterLayout]
@@ -362,6 +362,13 @@ class SpectralOptimizer(torch.optim.Optimizer):
     def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
         """The same for a matrix of which this rank holds ``rows``, and others the rest."""
         raise NotImplementedError
+
+    def thin_sums(self, cut: Cut) -> tuple[int, ...] | None:
+        """Bytes of a matrix in each all-reduce of a step where products with it are thin, else None.
+
+        Cut matrices of such an algorithm stay where they are, unless ``tp_mode`` asks for another way.
+        """
+        return None
 
 
 def _check_lr(lr: float | Tensor, params: list[Tensor]) -> None:

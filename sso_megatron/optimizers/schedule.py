@@ -36,6 +36,9 @@ class Needs(Protocol):
     def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
         """Bytes for this rank's rows of a matrix."""
 
+    def thin_sums(self, cut: Cut) -> tuple[int, ...] | None:
+        """Bytes of a matrix in each all-reduce where products with it are thin, else None."""
+
 
 @dataclass
 class ExchangedBatches:
@@ -198,6 +201,7 @@ def _plan(
             itemsize=dtype.itemsize,
             workspace=needs.workspace(cut.shape, dtype),
             cut_workspace=needs.cut_workspace(max(cut.lengths), cut.shape[1 - cut.dim], dtype),
+            thin_sums=needs.thin_sums(cut),
         )
         for index, cut in zip(groups, cuts, strict=True)
     ]

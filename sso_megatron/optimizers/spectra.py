@@ -10,7 +10,8 @@ from sso_megatron.linalg.block_iteration import find_block
 from sso_megatron.optimizers.base import FindLayout, MatrixState, SpectralOptimizer
 from sso_megatron.optimizers.batches import MatrixBatch, Member
 from sso_megatron.optimizers.config import SpectraConfig, SpectralConfig, one_config
-from sso_megatron.parallel.cost import PolarWork
+from sso_megatron.parallel.cost import PolarWork, thin_summed_bytes
+from sso_megatron.parallel.shards import Cut
 from sso_megatron.updates.momentum import update_heavy_ball_
 from sso_megatron.updates.spectra import SpectraCache, SpectraRule, spectra_step_, spike_rank
 
@@ -119,6 +120,10 @@ class Spectra(SpectralOptimizer):
     def polar_work(self) -> PolarWork:
         """No Newton-Schulz iteration at all."""
         return PolarWork(0, 0)
+
+    def thin_sums(self, cut: Cut) -> tuple[int, ...]:
+        """The block's: the momentum never travels."""
+        return thin_summed_bytes(cut.shape, cut.dim, self._rank(cut.shape), self._rule.num_iterations)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """Weight, momentum and a copy of it for its norm; or thin blocks in float64 instead of the copy."""

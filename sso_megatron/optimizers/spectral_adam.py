@@ -10,8 +10,8 @@ from sso_megatron.linalg.block_iteration import find_block
 from sso_megatron.optimizers.base import FindLayout, MatrixState, SpectralOptimizer
 from sso_megatron.optimizers.batches import MatrixBatch, Member
 from sso_megatron.optimizers.config import SpectralAdamConfig, SpectralConfig, one_config
-from sso_megatron.parallel.cost import PolarWork
-from sso_megatron.parallel.shards import copy_all_
+from sso_megatron.parallel.cost import PolarWork, thin_summed_bytes
+from sso_megatron.parallel.shards import Cut, copy_all_
 from sso_megatron.updates.spectral_adam import SpectralAdamCache, SpectralAdamRule, spectral_adam_step_
 
 
@@ -78,7 +78,7 @@ class SpectralAdam(SpectralOptimizer):
         if batch.mode == "owner":
             raise ValueError(
                 f"tp_mode={self.shared.tp_mode!r} gives whole matrices to owners, and SpectralAdam's "
-                "averages stay with the shards; use duplicated"
+                "averages stay with the shards; use distributed"
             )
         part = batch.part
         averages = torch.zeros((2, *W.shape), dtype=W.dtype, device=W.device)
@@ -134,6 +134,10 @@ class SpectralAdam(SpectralOptimizer):
     def polar_work(self) -> PolarWork:
         """No Newton-Schulz iteration at all."""
         return PolarWork(0, 0)
+
+    def thin_sums(self, cut: Cut) -> tuple[int, ...]:
+        """A vector's: gradients never travel."""
+        return thin_summed_bytes(cut.shape, cut.dim, 1)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """Weight, gradient and a copy of it for its norm, both averages, and vectors."""

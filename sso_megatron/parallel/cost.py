@@ -66,6 +66,25 @@ def summed_bytes(side: int) -> tuple[int, ...]:
     return 8 * side * (side + 1), 8 * (side + 1)
 
 
+def thin_summed_bytes(
+    shape: tuple[int, int], partition_dim: int, width: int, num_passes: int = 1
+) -> tuple[int, ...]:
+    """The same for an algorithm whose products are thin (``linalg.block_iteration.iterate_block``).
+
+    Args:
+        shape: global ``(d_out, d_in)``.
+        partition_dim: dimension that is cut.
+        width: columns of the block.
+        num_passes: of the power iteration.
+    """
+    m, n = shape
+    if partition_dim:
+        one: tuple[int, ...] = (m * width * _BYTES, n * width * _BYTES)
+    else:
+        one = (8 * width**2, 8 * width**2, n * width * _BYTES)
+    return (*one * num_passes, 8)
+
+
 def all_reduced(num_bytes: float, tp_size: int) -> float:
     """Bytes that each rank receives in an all-reduce of ``num_bytes``: a ring's, which no other beats."""
     return 2 * num_bytes * (tp_size - 1) / tp_size

@@ -36,6 +36,8 @@ class CutMatrix:
         itemsize: bytes of a number.
         workspace: bytes that the step takes for it where it is whole, weight and direction included.
         cut_workspace: the same where shards stay on their ranks.
+        thin_sums: bytes in each all-reduce of a step, for algorithms whose products with the matrix are
+            thin; None for others.
     """
 
     cut: Cut
@@ -43,6 +45,7 @@ class CutMatrix:
     itemsize: int
     workspace: int
     cut_workspace: int
+    thin_sums: tuple[int, ...] | None = None
 
 
 class Piece(NamedTuple):
@@ -140,7 +143,8 @@ class GroupPlan:
                 numel = 2 * Shards.padded_numel(cuts, self.num_ranks)
                 num_bytes = (self.num_ranks - 1) * numel * self.matrices[0].itemsize
             else:
-                sums = summed_bytes(cuts[0].shape[1 - cuts[0].dim])
+                sums = self.matrices[members[0]].thin_sums
+                sums = sums or summed_bytes(cuts[0].shape[1 - cuts[0].dim])
                 num_collectives += len(sums)
                 num_bytes = int(all_reduced(len(cuts) * sum(sums), self.num_ranks))
             received = [number + num_bytes for number in received]
@@ -163,6 +167,7 @@ def plan_group(
         num_ranks: of the group.
         mode: ``duplicated``, ``distributed``, ``owner`` or ``auto``. A matrix whose shorter side is cut
             goes to an owner where others are ``distributed``: the Gram matrix would be larger than it is.
+            Where products are thin, ``distributed`` and ``auto`` leave all shards where they are.
         workspace: bytes of temporary memory. A matrix that does not fit is worked on all the same, alone.
         work: Newton-Schulz iterations a step, for costs.
         flops_per_byte: flops in the time of one byte between ranks.
@@ -171,12 +176,14 @@ def plan_group(
     for i, matrix in enumerate(matrices):
         kinds.setdefault(matrix.kind, []).append(i)
     modes = dict.fromkeys(kinds, mode)
-    if mode == "distributed":
+    if mode in ("auto", "distributed") and all(matrix.thin_sums for matrix in matrices):
+        modes = dict.fromkeys(kinds, "distributed")
+    elif mode == "distributed":
         modes = {
             kind: "distributed" if matrices[members[0]].cut.is_long_side else "owner"
             for kind, members in kinds.items()
         }
-    if mode == "auto":
+    elif mode == "auto":
         modes = _choose_modes(matrices, kinds, num_ranks, work, flops_per_byte)
     batches = []
     for kind, members in kinds.items():
