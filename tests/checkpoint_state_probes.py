@@ -28,7 +28,10 @@ def everything(model: Any, optimizer: Any) -> dict[str, Any]:
                 found["held"][key] = param.detach().clone()
                 for name, value in inner.state[param].items():
                     found["held"][f"{key}.{name}"] = value.clone()
-            found["held"][f"{i}.{j}"] = {k: v for k, v in group.items() if k != "params"}
+            settings = {k: v for k, v in group.items() if k != "params"}
+            if "step" in settings:  # a number until the next step
+                settings["step"] = int(settings["step"])
+            found["held"][f"{i}.{j}"] = settings
     for spectral in spectral_optimizers(optimizer):
         found["spectral"] |= spectral.spectral_state()
     return found

@@ -46,10 +46,10 @@ def train() -> None:
     """Steps of an optimizer on matrices cut over the world.
 
     Saves every whole matrix; of SSO its retracted ones and radii, of others what is kept of each; the modes
-    of the batches; and the collectives of every step. The argument: ``optimizer`` (a class, SSO by default),
+    of the batches; and the collectives of every step. The argument: ``optimizer`` (SSO by default),
     ``matrices`` (name to ``[m, n, dim, rows by rank]``), ``mode``, ``steps``, ``gradients`` (``noise`` or
-    ``decaying``), ``settings``, ``without_gradient`` (names), ``lrs`` (of each parameter group; parameters
-    take turns), ``workspace_mib``.
+    ``decaying``), ``settings``, ``without_gradient`` (names), ``lrs`` (of each parameter group, which take
+    turns), ``workspace_mib``.
     """
     task = json.loads(sys.argv[1])
     dist.init_process_group("gloo")

@@ -101,6 +101,7 @@ def _retracted(built: Any) -> dict[str, tuple[torch.Tensor, float]]:
     return {
         name: (weight.clone(), radius)
         for optimizer in spectral_optimizers(built)
+        if hasattr(optimizer, "retracted")
         for name, weight, radius in optimizer.retracted()
     }
 
@@ -118,11 +119,30 @@ def weights() -> None:
     around_train(lambda model, optimizer: save("initial", _whole_weights(optimizer)), after)
 
 
+def vectors() -> None:
+    """Save the norm of every whole vector of the model after training."""
+
+    def after(model: Any, optimizer: Any) -> None:
+        from megatron.core import mpu
+
+        norms = {}
+        for name, param in model[0].named_parameters():
+            if param.ndim == 1:
+                square = param.detach().square().sum()
+                if getattr(param, "tensor_model_parallel", False):
+                    torch.distributed.all_reduce(square, group=mpu.get_tensor_model_parallel_group())
+                norms[name] = square.sqrt().item()
+        save("vectors", norms)
+
+    around_train(None, after)
+
+
 def momenta(built: Any) -> dict[str, torch.Tensor]:
-    """Whole momentum of every logical matrix of this rank, by name."""
+    """Whole momentum of every logical matrix of this rank, by name, where there is one."""
     return {
         member.name: buffer.clone()
         for optimizer in spectral_optimizers(built)
+        if "momentum_buffer" in optimizer.state_names
         for batch in optimizer.batches
         for member, buffer in zip(batch.members, whole_momenta(optimizer, batch), strict=True)
     }

@@ -289,7 +289,7 @@ def test_settings_tables_are_the_dataclasses() -> None:
         shown |= set(re.findall(r"<!-- settings:(\w+) -->", text))
         assert generate["refreshed"](text) == text, f"{page}: refresh it with python docs/generate.py"
 
-    from sso_megatron.mcore.arguments import CONFIGS
+    from sso_megatron.mcore.kinds import CONFIGS
 
     assert shown == {config_type.__name__ for config_type in CONFIGS.values()}
 

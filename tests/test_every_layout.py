@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MOE, Megatron, Run, assert_same_run, expert_by_itself, tiny
+from conftest import FAMILY, MOE, Megatron, Run, assert_same_run, expert_by_itself, tiny
 
 ITERATIONS = 10
 DENSE = ["--num-layers", 4]
@@ -202,6 +202,38 @@ def test_muon_sphere(dense: Model) -> None:
     reference = dense.train(optimizer="muon_sphere")
     for layout in ("tp2", "dp2-dist", "tp2-pp2-dp2-dist"):
         assert_same_run(dense.train(*DENSE_LAYOUTS[layout], optimizer="muon_sphere"), reference)
+
+
+@pytest.mark.parametrize("optimizer", FAMILY)
+def test_the_family_dense(dense: Model, optimizer: str) -> None:
+    reference = dense.train(flags=FAMILY[optimizer], optimizer=optimizer)
+    assert reference.losses[-1] < reference.losses[0]
+    for layout in ("tp2-sp", "pp2", "dp2-dist"):
+        ranks, tp, flags = DENSE_LAYOUTS[layout]
+        assert_same_run(dense.train(ranks, tp, [*flags, *FAMILY[optimizer]], optimizer), reference)
+
+
+@pytest.mark.parametrize("optimizer", FAMILY)
+def test_the_family_moe(moe: Model, optimizer: str) -> None:
+    reference = moe.train(flags=FAMILY[optimizer], optimizer=optimizer)
+    for layout in ("tp2-ep2-etp2", "ep2-dist"):
+        ranks, tp, flags = MOE_LAYOUTS[layout]
+        assert_same_run(moe.train(ranks, tp, [*flags, *FAMILY[optimizer]], optimizer), reference)
+
+
+def test_vectors_that_are_cut_have_one_norm(megatron: Megatron) -> None:
+    """Biases, where every vector is clipped, so that another norm is another step."""
+    clipping = ["--spectra-clip-one-dimensional", "continuous", "--spectra-clip-c", 0.5]
+    argv = tiny(*clipping, optimizer="spectra_clip_adamw")
+    argv.remove("--disable-bias-linear")
+    reference = megatron.train(argv, calls=("probes:vectors",))
+    for flags in ([SP], [DIST]):
+        tp = 2 if flags == [SP] else 1
+        cut = tiny(*clipping, *flags, tp=tp, optimizer="spectra_clip_adamw")
+        cut.remove("--disable-bias-linear")
+        run = megatron.train(cut, 2, calls=("probes:vectors",))
+        for name, norm in run.merged("vectors").items():
+            assert norm == pytest.approx(reference.merged("vectors")[name], rel=1e-3), name
 
 
 @pytest.mark.parametrize("mode", TP_MODES)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import MOE, Megatron, tiny
 
-from sso_megatron.mcore.arguments import CONFIGS
+from sso_megatron.mcore.kinds import CONFIGS, OPTIMIZERS, flag_fields
 
 # A value that is not the default for every setting; a test below insists that none is missing.
 OTHER: dict[str, dict[str, object]] = {
@@ -45,6 +45,58 @@ OTHER: dict[str, dict[str, object]] = {
         "weight_decay": 0.05,
     },
 }
+# Of the other optimizers, each taken all together.
+FAMILY: dict[str, dict[str, object]] = {
+    "spectra": {
+        "momentum": 0.8,
+        "nesterov": True,
+        "rank_ratio": 0.1,
+        "power_iterations": 2,
+        "update_rms": 0.3,
+        "eps": 1e-6,
+        "momentum_dtype": "bf16",
+        "weight_decay": 0.05,
+    },
+    "spectral_adam": {
+        "high_threshold": 2.0,
+        "low_threshold": 0.5,
+        "period": 7,
+        "beta1": 0.8,
+        "beta2": 0.9,
+        "eps": 1e-6,
+        "weight_decay": 0.05,
+    },
+    "spectra_clip": {
+        "c": 5.0,
+        "c_warmup_steps": 1,
+        "lr_peak": 2e-2,
+        "c_decay": "sqrt",
+        "c_decay_steps": 2,
+        "c_final": 0.1,
+        "train_steps": 9,
+        "apply_to": "all",  # the other value leaves nothing for the next setting to do
+        "one_dimensional": "continuous",
+        "pre_clip_c": 0.1,
+        "beta1": 0.8,
+        "beta2": 0.9,
+        "eps": 1e-6,
+        "momentum": 0.8,
+        "nesterov": False,
+        "ademamix_beta2": 0.99,
+        "ademamix_beta3": 0.99,
+        "ademamix_alpha": 4.0,
+        "ademamix_warmup_steps": 3,
+        "msign_steps": 9,
+        "weight_decay": 0.05,
+    },
+}
+READ_BY = {
+    "spectra_clip_adamw": ("beta1", "beta2", "eps"),
+    "spectra_clip_signum": ("momentum", "nesterov"),
+    "spectra_clip_ademamix": (
+        *("beta1", "eps", "ademamix_beta2", "ademamix_beta3", "ademamix_alpha", "ademamix_warmup_steps"),
+    ),
+}
 
 
 # Settings that nothing looks at unless another one has this value.
@@ -58,12 +110,47 @@ COMPANIONS = {
 
 def test_every_setting_is_tested() -> None:
     for prefix, config_type in CONFIGS.items():
-        fields = dataclasses.fields(config_type)
-        assert OTHER[prefix].keys() == {f.name for f in fields}
+        fields, values = flag_fields(prefix), (OTHER | FAMILY)[prefix]
+        assert values.keys() == {f.name for f in fields}
         for f in fields:
             choices = typing.get_args(typing.get_type_hints(config_type)[f.name])
-            has_other = len(choices) != 1
-            assert (OTHER[prefix][f.name] != f.default) == has_other, f.name
+            has_other = len(choices) != 1 and f.name != "apply_to"
+            assert (values[f.name] != f.default) == has_other, f.name
+
+
+def flags_of(prefix: str, values: dict[str, object]) -> list[object]:
+    flags: list[object] = []
+    for name, value in values.items():
+        flag = f"--{prefix}-{name}".replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            flags += [flag, *(value if isinstance(value, tuple) else [value])]
+    return flags
+
+
+@pytest.mark.parametrize("optimizer", ["spectra", "spectral_adam", *READ_BY])
+def test_flags_of_the_family_arrive(megatron: Megatron, optimizer: str) -> None:
+    prefix = OPTIMIZERS[optimizer].prefix
+    read_by_others = {name for kind, names in READ_BY.items() if kind != optimizer for name in names}
+    idle = read_by_others - set(READ_BY.get(optimizer, ())) if optimizer in READ_BY else set()
+    values = {name: value for name, value in FAMILY[prefix].items() if name not in idle}
+    found = settings(megatron, *flags_of(prefix, values), optimizer=optimizer)["config"]
+    assert {name: found[name] for name in values} == values
+    defaults = {f.name: f.default for f in dataclasses.fields(CONFIGS[prefix])} | OPTIMIZERS[
+        optimizer
+    ].fixed
+    assert {k: v for k, v in found.items() if k not in values} == {
+        k: v for k, v in defaults.items() if k not in values
+    }
+
+
+def test_spectral_clipping_takes_everything_and_the_runs_schedule(megatron: Megatron) -> None:
+    found = settings(megatron, optimizer="spectra_clip_ademamix")
+    assert set(found["routes"].values()) == {"SpectralClip"}
+    assert found["matrices"]["embedding.word_embeddings.weight"] == (128, 64)
+    assert (found["config"]["train_steps"], found["config"]["c_warmup_steps"]) == (4, 2)
+    assert all(group["max_lr"] == 1e-2 for group in found["groups"])
 
 
 @pytest.mark.parametrize(
@@ -71,14 +158,10 @@ def test_every_setting_is_tested() -> None:
 )
 def test_flag_arrives_in_the_optimizer(megatron: Megatron, prefix: str, name: str) -> None:
     value = OTHER[prefix][name]
-    flag = f"--{prefix}-{name.replace('_', '-')}"
-    if isinstance(value, bool):
-        flags = [flag if value else flag.replace("--", "--no-", 1)]
-    else:
-        flags = [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    flags = flags_of(prefix, {name: value})
     companion, needed = COMPANIONS.get(name, ("", ""))
     if companion:
-        flags += [f"--sso-{companion.replace('_', '-')}", needed]
+        flags += flags_of("sso", {companion: needed})
     run = megatron.run(tiny(*flags), calls=("probes:settings",))
     found = run.saved("settings")[0]
     part = {"spectral": "shared", "sso": "config"}[prefix]
@@ -196,6 +279,35 @@ ERRORS = [
     (
         ["--optimizer", "muon", "--sso-momentum", "0.8"],
         "--sso-momentum with --optimizer muon: has no effect",
+    ),
+    (
+        ["--optimizer", "spectra", "--sso-momentum", "0.8"],
+        "--sso-momentum with --optimizer spectra: has no effect; leave it out, or use --optimizer sso or",
+    ),
+    (["--spectra-eps", "1e-6"], "--spectra-eps with --optimizer sso: has no effect; leave it out, or use"),
+    (
+        ["--optimizer", "spectra_clip_signum", "--spectra-clip-beta2", "0.9"],
+        "--spectra-clip-beta2 with --optimizer spectra_clip_signum: has no effect; leave it out",
+    ),
+    (
+        ["--optimizer", "spectra_clip_adamw", "--spectra-clip-c-final", "0.5"],
+        "--spectra-clip-c-final has an effect only with --spectra-clip-c-decay; leave it out, or give that",
+    ),
+    (
+        ["--optimizer", "spectra_clip_adamw", "--spectra-clip-c", "0"],
+        "--spectra-clip-c 0.0 must be positive and finite; the default is 10.0",
+    ),
+    (
+        ["--optimizer", "spectra", "--spectral-mup-init"],
+        "--spectral-mup-init with --optimizer spectra: it keeps weights on no spheres; leave it out",
+    ),
+    (
+        ["--optimizer", "spectra", "--use-mup"],
+        "--use-mup with --optimizer spectra: its learning rates under muP are not known; leave it out",
+    ),
+    (
+        ["--optimizer", "spectral_adam", "--spectral-tp-mode", "owner"],
+        "--spectral-tp-mode owner with --optimizer spectral_adam: its averages stay with the shards; use",
     ),
     (["--fp8-format", "hybrid"], "cannot be rehearsed on the CPU"),
     (["--spectral-run-dir", "/dev/null"], "--spectral-run-dir /dev/null: cannot be made"),

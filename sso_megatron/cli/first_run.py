@@ -67,9 +67,9 @@ _TRAINING = {
     "--seed": 1234,
 }
 # Peak learning rates; the paper's 5e-3 belongs to 100 000 million tokens, these runs see 0.3 million.
-_LEARNING_RATES = {"sso": 2e-2, "muon_sphere": 2e-2}
+_LEARNING_RATES = {"sso": 2e-2, "muon_sphere": 2e-2, "spectra_clip_signum": 1e-3}
 _OTHER_LEARNING_RATE = 3e-3
-_SPECTRAL = tuple(_LEARNING_RATES)
+_ON_SPHERES = ("sso", "muon_sphere")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -140,7 +140,7 @@ def _flags(optimizer: str, iterations: int, folder: Path, ranks: int) -> list[st
         "--ckpt-format": "torch_dist",
         "--spectral-run-dir": folder,
     }
-    switches = _SWITCHES + (["--spectral-mup-init"] if optimizer in _SPECTRAL else [])
+    switches = _SWITCHES + (["--spectral-mup-init"] if optimizer in _ON_SPHERES else [])
     return [*switches, *(str(part) for pair in valued.items() for part in pair)]
 
 

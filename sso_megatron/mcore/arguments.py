@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sso_megatron.mcore import compat, cpu, model_building
-from sso_megatron.mcore.registration import OPTIMIZERS, register
-from sso_megatron.optimizers.config import SpectralConfig, SSOConfig, choices_of
-
-CONFIGS: dict[str, type] = {"spectral": SpectralConfig, "sso": SSOConfig}
-"""Prefix of the flags, and the dataclass they are made from."""
+from sso_megatron.mcore.kinds import CONFIGS, OPTIMIZERS, Kind, flag_fields, from_schedule, names_with
+from sso_megatron.mcore.registration import register
+from sso_megatron.optimizers.config import SpectralConfig, choices_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -24,9 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             action.choices = [*action.choices, *OPTIMIZERS]
     for prefix, config_type in CONFIGS.items():
         group = parser.add_argument_group(title=f"sso_megatron: {config_type.__doc__}")
-        for f in dataclasses.fields(config_type):
-            flag = f"--{prefix}-{f.name.replace('_', '-')}"
-            group.add_argument(flag, dest=f"{prefix}_{f.name}", **_action(config_type, f))
+        for f in flag_fields(prefix):
+            group.add_argument(
+                _flags(prefix, [f.name]), dest=f"{prefix}_{f.name}", **_action(config_type, f)
+            )
     group = parser.add_argument_group(title="sso_megatron: records")
     group.add_argument(
         "--spectral-run-dir",
@@ -54,23 +53,25 @@ def _action(config_type: type, f: "dataclasses.Field[Any]") -> dict[str, Any]:
     return action | {"type": hint, "metavar": hint.__name__.upper()}
 
 
-def configs_from(args: argparse.Namespace) -> tuple[SSOConfig, SpectralConfig]:
-    """The configurations that the flags describe.
+def configs_from(args: argparse.Namespace) -> tuple[Any, SpectralConfig]:
+    """The configurations of the chosen optimizer and of what all share.
 
     Raises:
         ValueError: a value outside its rule; the message names the flag.
     """
-    made: dict[str, Any] = {}
-    for prefix, config_type in CONFIGS.items():
-        names = [f.name for f in dataclasses.fields(config_type)]
-        values = {name: getattr(args, f"{prefix}_{name}") for name in names}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        try:
-            made[prefix] = config_type(**values)
-        except ValueError as error:
-            name, _, rest = str(error).partition("=")
-            raise ValueError(f"{_flags(prefix, [name])} {rest}") from None
-    return made["sso"], made["spectral"]
+    kind = OPTIMIZERS[args.optimizer]
+    known = {**kind.fixed, **from_schedule(kind, args)}
+    return _config(args, kind.prefix, known), _config(args, "spectral", {})
+
+
+def _config(args: argparse.Namespace, prefix: str, known: dict[str, Any]) -> Any:
+    values = {f.name: getattr(args, f"{prefix}_{f.name}") for f in flag_fields(prefix)} | known
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return CONFIGS[prefix](**values)
+    except ValueError as error:
+        name, _, rest = str(error).partition("=")
+        raise ValueError(f"{_flags(prefix, [name])} {rest}") from None
 
 
 def check_request(args: argparse.Namespace) -> None:
@@ -98,22 +99,54 @@ def check_request(args: argparse.Namespace) -> None:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} with --optimizer {args.optimizer}: {rule}")
     _check_sharding(args)
+    _check_combinations(args, OPTIMIZERS[args.optimizer])
+
+
+def _check_combinations(args: argparse.Namespace, kind: Kind) -> None:
+    """Refuse our own settings that contradict each other or do nothing."""
     if args.spectral_mup_init and args.sso_radius_mode == "from_weights":
         raise ValueError(
             "--sso-radius-mode from_weights with --spectral-mup-init: weights are drawn for radii that "
             "the weights themselves would give; leave one out"
         )
-    changed = _changed(args, "sso", SSOConfig)
+    if not kind.has_spheres:
+        unknown = {
+            "spectral_mup_init": "it keeps weights on no spheres",
+            "use_mup": "its learning rates under muP are not known",
+        }
+        for name, rule in unknown.items():
+            if getattr(args, name, False):
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} with --optimizer {args.optimizer}: {rule}; leave it out")
+    if args.optimizer == "spectral_adam" and args.spectral_tp_mode == "owner":
+        raise ValueError(
+            "--spectral-tp-mode owner with --optimizer spectral_adam: its averages stay with the shards; "
+            "use distributed"
+        )
+    if kind.prefix == "spectra_clip":
+        base = kind.fixed["base"]
+        idle = [n for n in _changed(args, kind.prefix) if base not in _BASES.get(n, (base,))]
+        if idle:
+            flags = _flags(kind.prefix, idle)
+            raise ValueError(f"{flags} with --optimizer {args.optimizer}: has no effect; leave it out")
+        without = [n for n in _changed(args, kind.prefix) if n in ("c_decay_steps", "c_final")]
+        if without and args.spectra_clip_c_decay == "none":
+            flags = _flags(kind.prefix, without)
+            raise ValueError(
+                f"{flags} has an effect only with --spectra-clip-c-decay; leave it out, or give that"
+            )
     if args.optimizer == "muon_sphere":
-        idle = [n for n in changed if n == "tangent" or n.startswith("solver")]
+        idle = [n for n in _changed(args, "sso") if n == "tangent" or n.startswith("solver")]
         if idle:
             raise ValueError(
                 f"{_flags('sso', idle)} with --optimizer muon_sphere: MuonSphere does not look at "
                 "the tangent space; leave it out, or use --optimizer sso"
             )
-    for prefix, config_type in CONFIGS.items():
-        for name in _changed(args, prefix, config_type):
-            other, needed = _READ_ONLY_WITH[prefix].get(name, (name, getattr(args, f"{prefix}_{name}")))
+    for prefix in ("spectral", kind.prefix):
+        for name in _changed(args, prefix):
+            other, needed = _READ_ONLY_WITH.get(prefix, {}).get(
+                name, (name, getattr(args, f"{prefix}_{name}"))
+            )
             if getattr(args, f"{prefix}_{other}") != needed:
                 raise ValueError(
                     f"{_flags(prefix, [name])} has an effect only with {_flags(prefix, [other])} {needed}; "
@@ -169,6 +202,14 @@ _READ_ONLY_WITH = {
         "retract_alpha": ("retract_mode", "dynamic"),
         "symmetric_kernel": ("msign_precision", "bf16"),
     },
+    "spectra_clip": {"one_dimensional": ("apply_to", "all")},
+}
+# Settings of spectral clipping that some of its bases alone read.
+_BASES = {
+    "beta2": ("adamw",),
+    **dict.fromkeys(("beta1", "eps"), ("adamw", "ademamix")),
+    **dict.fromkeys(("momentum", "nesterov"), ("signum",)),
+    **{f"ademamix_{name}": ("ademamix",) for name in ("beta2", "beta3", "alpha", "warmup_steps")},
 }
 
 
@@ -178,22 +219,23 @@ def refuse_idle_flags(args: argparse.Namespace) -> None:
     Raises:
         ValueError: with the flags and the way out.
     """
-    for prefix, config_type in CONFIGS.items():
-        changed = _changed(args, prefix, config_type)
+    kind = OPTIMIZERS.get(args.optimizer)
+    for prefix in CONFIGS:
+        is_read = kind is not None and prefix in ("spectral", kind.prefix)
+        changed = [] if is_read else _changed(args, prefix)
         if changed:
             raise ValueError(
                 f"{_flags(prefix, changed)} with --optimizer {args.optimizer}: has no effect; leave it "
-                f"out, or use --optimizer {' or '.join(OPTIMIZERS)}"
+                f"out, or use --optimizer {names_with(prefix)}"
             )
 
 
-def _changed(args: argparse.Namespace, prefix: str, config_type: type) -> list[str]:
-    fields = dataclasses.fields(config_type)
-    return [f.name for f in fields if getattr(args, f"{prefix}_{f.name}") != f.default]
+def _changed(args: argparse.Namespace, prefix: str) -> list[str]:
+    return [f.name for f in flag_fields(prefix) if getattr(args, f"{prefix}_{f.name}") != f.default]
 
 
 def _flags(prefix: str, names: list[str]) -> str:
-    return " ".join(f"--{prefix}-{name.replace('_', '-')}" for name in names)
+    return " ".join(f"--{prefix}-{name}".replace("_", "-") for name in names)
 
 
 def check_and_register(args: argparse.Namespace) -> None:
@@ -202,14 +244,10 @@ def check_and_register(args: argparse.Namespace) -> None:
     Raises:
         ValueError: see ``configs_from``, ``check_request`` and ``cpu.adapt_arguments``.
     """
-    is_spectral = args.optimizer in OPTIMIZERS
-    if is_spectral:
+    refuse_idle_flags(args)
+    if args.optimizer in OPTIMIZERS:
         check_request(args)
-    else:
-        refuse_idle_flags(args)
-    sso, shared = configs_from(args)
-    if is_spectral:
-        register(sso, shared)
+        register(*configs_from(args))
         model_building.install()
     if cpu.cuda_is_missing():
         cpu.adapt_arguments(args)

@@ -36,6 +36,7 @@ from sso_megatron.mcore.optimizer_parts import (
 )
 from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.batches import MatrixBatch, Member
+from sso_megatron.optimizers.spectral_clip import SpectralClip
 
 Replica = int | tuple[int, ...]
 
@@ -61,7 +62,13 @@ class SpectralChain(ChainedOptimizer):
             optimizer.get_grads_for_grad_norm = _with_spoilt_copies(optimizer)
 
     def get_grad_norm(self) -> float:
-        """Norm of the whole model's gradient, the same on every rank."""
+        """Norm of the whole model's gradient, the same on every rank; of what ``pre_clip_`` leaves of it.
+
+        Collectives: those of ``SpectralClip.pre_clip_`` and Megatron's.
+        """
+        for optimizer in leaves(self.chained_optimizers):
+            if isinstance(optimizer.optimizer, SpectralClip):
+                optimizer.optimizer.pre_clip_()
         self._grad_norm = super().get_grad_norm()
         return self._grad_norm
 
@@ -73,6 +80,14 @@ class SpectralChain(ChainedOptimizer):
                 print(f"sso_megatron: gradient norm {norm}: this step is skipped", flush=True)
             return False
         return self._step_parts()
+
+    def _synchronize_steps(self) -> Any:
+        """As the base's, which compares counters by value."""
+        for optimizer in leaves(self.chained_optimizers):
+            for group in optimizer.optimizer.param_groups:
+                if isinstance(group.get("step"), Tensor):
+                    group["step"] = int(group["step"])
+        return super()._synchronize_steps()
 
     def _step_parts(self) -> bool:
         return bool(super().step_with_ready_grads())
@@ -156,7 +171,7 @@ def _load_spectral(parts: list[Part], loaded: dict[str, Any]) -> None:
         for batch, member in _members(optimizer):
             state = loaded.get(global_matrix_name(member))
             num_matrices += 1
-            num_missing += state is None or not optimizer.fits(batch, state)
+            num_missing += not optimizer.fits(batch, state or {})
             if state is not None:
                 states[member.name] = state
         optimizer.load_spectral_state(states)
@@ -166,7 +181,7 @@ def _load_spectral(parts: list[Part], loaded: dict[str, Any]) -> None:
     if num_missing and dist.get_rank() == 0:
         print(
             f"sso_megatron: for {num_missing / num_matrices:.0%} of the matrices the checkpoint has no "
-            "singular vectors; they are found again from the weights",
+            "singular vectors; they are found again",
             flush=True,
         )
 

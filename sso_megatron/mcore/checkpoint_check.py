@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sso_megatron.mcore import compat
-from sso_megatron.mcore.registration import OPTIMIZERS
+from sso_megatron.mcore.kinds import OPTIMIZERS
 
 _SHOWN = 3
 """How many keys a message names."""
@@ -59,8 +59,10 @@ def wrong_optimizer(folder: Path, saved: Any, args: Namespace) -> str | None:
     )
 
 
-def _kind(name: str) -> str:
-    return "spectral" if name in OPTIMIZERS else name
+def _kind(name: str) -> Any:
+    """What must be equal for the state of one to mean the same in the other."""
+    kind = OPTIMIZERS.get(name)
+    return (kind.prefix, kind.fixed) if kind else name
 
 
 # ---------------------------------------------------------------- keys and shapes

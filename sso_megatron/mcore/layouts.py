@@ -76,6 +76,11 @@ class ModelParameter:
         return (self.param.ndim == 2 or bool(self.experts)) and not (is_bias or self.is_vocabulary)
 
     @property
+    def has_simple_shape(self) -> bool:
+        """Whether spectral clipping takes it beside hidden matrices: a vector, or a vocabulary's matrix."""
+        return self.param.ndim == 1 or (self.param.ndim == 2 and self.is_vocabulary)
+
+    @property
     def is_gated(self) -> bool:
         """Whether it is the first layer of a gated MLP, gate and up in one."""
         return bool(_FC1.search(self.name) and self.config.gated_linear_unit)
@@ -182,11 +187,16 @@ def _glu_interleave(name: str, owner: Any, config: Any) -> int:
 
 
 def layout_of(parameter: ModelParameter, shared: SpectralConfig) -> ParameterLayout:
-    """The logical matrices of a matrix parameter.
+    """The logical matrices of a parameter; a vector is one column.
 
     Raises:
         ValueError: no rule covers the parameter, or its splits do not fit this rank's shard.
     """
+    if parameter.param.ndim == 1:
+        # What multiplies the cut columns of a matrix is not cut itself.
+        dim = 0 if parameter.partition_dim == 0 else None
+        column = whole((parameter.param.numel(), 1), dim, parameter.tp_size)
+        return ParameterLayout(parameter.name, (column,), parameter.tp_group)
     splits = matrix_splits(parameter, tuple(parameter.param.shape), shared)
     return ParameterLayout(parameter.name, splits, parameter.tp_group)
 
@@ -218,6 +228,8 @@ def _matrix_splits(p: ModelParameter, shape: tuple[int, ...], shared: SpectralCo
         one = (math.prod(shape[:-1]) // len(p.experts), shape[-1])
         splits = _matrix_splits(replace(p, experts=()), one, shared)
         return packed_splits(shape, splits, p.experts)
+    if p.is_vocabulary:
+        return (whole(shape, p.partition_dim, p.tp_size),)
     if not has_rule(p):
         raise ValueError(
             "no rule says which matrices this parameter holds; "

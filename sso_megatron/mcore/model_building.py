@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from sso_megatron.mcore import compat
-from sso_megatron.mcore.registration import OPTIMIZERS, is_spectral, prepare_for_shards
+from sso_megatron.mcore.kinds import OPTIMIZERS
+from sso_megatron.mcore.registration import is_spectral, prepare_for_shards
 
 
 def install() -> None:

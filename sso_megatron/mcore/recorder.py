@@ -76,7 +76,7 @@ class Recorder:
 
         def train(forward_step: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             # Megatron drops its optimizer when training ends; finish() still needs it.
-            self.optimizers = spectral_parts(optimizer)
+            self.optimizers = [part for part in spectral_parts(optimizer) if isinstance(part, SSO)]
             began = time.monotonic()
             try:
                 return original(forward_step, model, optimizer, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""SSO and MuonSphere in Megatron's optimizer factory."""
+"""Our optimizers in Megatron's optimizer factory."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -11,27 +11,27 @@ from torch import Tensor
 from sso_megatron.matrices.layout import ParameterLayout
 from sso_megatron.mcore import compat
 from sso_megatron.mcore.initialization import initialize_by_name
+from sso_megatron.mcore.kinds import OPTIMIZERS, Kind
 from sso_megatron.mcore.layouts import LayoutTable, ModelParameter, layout_of, model_parameters
 from sso_megatron.mcore.shard_layout import ShardLayout, step_costs
-from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
-from sso_megatron.optimizers.sso import SSO, MuonSphere
-
-OPTIMIZERS: dict[str, type[SSO]] = {"sso": SSO, "muon_sphere": MuonSphere}
-"""Names of ``--optimizer`` and their classes."""
+from sso_megatron.optimizers.base import SpectralOptimizer
+from sso_megatron.optimizers.config import SpectralClipConfig, SpectralConfig, SSOConfig
 
 # The tag by which prepare_model, which sees global names, tells the routing rule what to take.
 _SPECTRAL = "_is_spectral"
 
 
-def register(sso: SSOConfig | None = None, shared: SpectralConfig | None = None) -> None:
-    """Enter ``sso`` and ``muon_sphere`` into Megatron's optimizer factory.
+def register(config: Any = None, shared: SpectralConfig | None = None) -> None:
+    """Enter our optimizers into Megatron's optimizer factory.
 
     Call it once before the optimizer is built; a later call replaces the settings. The sharded optimizer
     also needs ``prepare_for_shards`` before DDP wraps the model; Megatron's training loop calls it by
     ``model_building.install``.
 
     Args:
-        sso: settings of both.
+        config: settings of the optimizer that will be built: an ``SSOConfig``, ``SpectraConfig``,
+            ``SpectralClipConfig`` or ``SpectralAdamConfig``; None for the defaults, which spectral
+            clipping has none of.
         shared: settings that all spectral optimizers share.
 
     Raises:
@@ -40,15 +40,15 @@ def register(sso: SSOConfig | None = None, shared: SpectralConfig | None = None)
     compat.check_versions()
     import megatron.core.optimizer as factory
 
-    sso, shared = sso or SSOConfig(), shared or SpectralConfig()
-    for name, optimizer_cls in OPTIMIZERS.items():
+    shared = shared or SpectralConfig()
+    for name, kind in OPTIMIZERS.items():
         compat.registry()[name] = compat.registry_entry(
-            optimizer_cls,
+            kind.optimizer_cls,
             init_state_fn=lambda optimizer, config=None: optimizer.init_state(),
-            config_to_kwargs=_config_to_kwargs(sso, shared),
+            config_to_kwargs=_config_to_kwargs(name, config, shared),
             overrides=_overrides(),
         )
-    _current.sso, _current.shared = sso, shared
+    _current.config, _current.shared = config, shared
     compat.wrap(factory, "_get_megatron_emerging_optimizer", _by_our_factory)
     # Megatron's loop has the first compute layouts, its model builders and DDP itself the second.
     for optimizer_cls in (
@@ -62,7 +62,7 @@ def register(sso: SSOConfig | None = None, shared: SpectralConfig | None = None)
 class _Current:
     """The settings of the last ``register``, and what ``prepare_model`` found for the factory."""
 
-    sso: SSOConfig | None = None
+    config: Any = None
     shared: SpectralConfig | None = None
     find_layout: LayoutTable | None = None
     shard_layout: ShardLayout | None = None
@@ -81,20 +81,34 @@ def _overrides() -> dict[Any, dict[str, Any]]:
 
     spectral = ParamKey(predicate=ParamPredicate(name="spectral", fn=is_spectral))
     other = ParamKey(predicate=ParamPredicate(name="not_spectral", fn=lambda p: not is_spectral(p)))
-    # The matrices' own weight decay is a setting of SSO; Megatron's would only show in its logs.
+    # The matrices' own weight decay is a setting of ours; Megatron's would only show in its logs.
     return {spectral: {"wd_mult": 0.0}, other: {"optimizer": "adam"}}
 
 
-def _config_to_kwargs(sso: SSOConfig, shared: SpectralConfig) -> Callable[..., dict[str, Any]]:
-    def build(config: Any, model_chunks: Any, pg_collection: Any) -> dict[str, Any]:
+def _config_to_kwargs(name: str, config: Any, shared: SpectralConfig) -> Callable[..., dict[str, Any]]:
+    def build(megatron_config: Any, model_chunks: Any, pg_collection: Any) -> dict[str, Any]:
         return {
-            "lr": config.lr,
-            "config": sso,
+            "lr": megatron_config.lr,
+            "config": _checked(name, OPTIMIZERS[name], config),
             "shared": shared,
             "find_layout": _current.find_layout,
         }
 
     return build
+
+
+def _checked(name: str, kind: Kind, config: Any) -> Any:
+    """The configuration to build ``name`` with."""
+    if config is None and not kind.fixed:
+        return kind.config_cls()
+    wanted = ", ".join(f"{key}={value!r}" for key, value in kind.fixed.items())
+    fits = isinstance(config, kind.config_cls)
+    if not fits or any(getattr(config, key) != value for key, value in kind.fixed.items()):
+        raise ValueError(
+            f"optimizer={name!r} with settings {config!r}; give register() a "
+            f"{kind.config_cls.__name__}({wanted})"
+        )
+    return config
 
 
 def _by_our_factory(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,8 +118,8 @@ def _by_our_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         config_overrides: Any = None,
         pg_collection: Any = None,
     ) -> Any:
-        sso, shared = _current.sso, _current.shared
-        if config.optimizer not in OPTIMIZERS or sso is None or shared is None:
+        shared = _current.shared
+        if config.optimizer not in OPTIMIZERS or shared is None:
             return original(config, model_chunks, config_overrides, pg_collection)
         from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -114,7 +128,7 @@ def _by_our_factory(original: Callable[..., Any]) -> Callable[..., Any]:
             from sso_megatron.mcore import layer_wise
 
             return layer_wise.build(config, model_chunks, config_overrides, groups)
-        _current.find_layout = LayoutTable(prepare_model(model_chunks, sso, shared, groups))
+        _current.find_layout = LayoutTable(prepare_model(model_chunks, _current.config, shared, groups))
         chain = original(config, model_chunks, config_overrides, pg_collection)
         from sso_megatron.mcore.chain import SpectralChain
 
@@ -148,9 +162,9 @@ def prepare_for_shards(model_chunks: Sequence[Any], pg_collection: Any) -> None:
     Raises:
         ValueError: see ``prepare_model``.
     """
-    if _current.sso is None or _current.shared is None:
+    if _current.shared is None:
         raise compat.UnsupportedError("no spectral optimizer is registered; call register() first")
-    layouts = prepare_model(model_chunks, _current.sso, _current.shared, pg_collection)
+    layouts = prepare_model(model_chunks, _current.config, _current.shared, pg_collection)
     for chunk in model_chunks:
         for param in chunk.parameters():
             setattr(param, compat.SHARDED_WHOLE, is_spectral(param))
@@ -158,16 +172,16 @@ def prepare_for_shards(model_chunks: Sequence[Any], pg_collection: Any) -> None:
     _current.shard_layout = ShardLayout(step_costs(layouts))
 
 
-def spectral_parts(optimizer: Any) -> list[SSO]:
+def spectral_parts(optimizer: Any) -> list[SpectralOptimizer]:
     """The spectral optimizers inside what Megatron built, in the same order on every rank."""
     if hasattr(optimizer, "chained_optimizers"):
         return [found for part in optimizer.chained_optimizers for found in spectral_parts(part)]
     inner = getattr(optimizer, "optimizer", None)
-    return [inner] if isinstance(inner, SSO) else []
+    return [inner] if isinstance(inner, SpectralOptimizer) else []
 
 
 def prepare_model(
-    model_chunks: Sequence[Any], sso: SSOConfig, shared: SpectralConfig, pg_collection: Any
+    model_chunks: Sequence[Any], config: Any, shared: SpectralConfig, pg_collection: Any
 ) -> list[tuple[Tensor, ParameterLayout]]:
     """Route every parameter, find the logical matrices, and draw the weights if asked to.
 
@@ -175,27 +189,29 @@ def prepare_model(
 
     Args:
         model_chunks: this rank's part of the model.
-        sso: radius of the initialisation.
+        config: settings of the optimizer: spectral clipping takes vectors and vocabularies, too; an
+            ``SSOConfig`` has the radius of the initialisation.
         shared: granularity, exclusions and initialisation.
         pg_collection: Megatron's process groups.
 
     Returns:
-        The spectral parameters with their layouts.
+        The parameters of the spectral optimizer with their layouts.
 
     Raises:
         ValueError: a pattern that matches nothing, or a matrix that no rule covers.
     """
     parameters = list(model_parameters(model_chunks, pg_collection))
-    matrices = [p for p in parameters if p.is_matrix]
-    excluded = _excluded_names(matrices, shared.exclude)
-    spectral = [p for p in matrices if p.name not in excluded]
+    takes_all = isinstance(config, SpectralClipConfig)
+    eligible = [p for p in parameters if p.is_matrix or (takes_all and p.has_simple_shape)]
+    excluded = _excluded_names(eligible, shared.exclude)
+    spectral = [p for p in eligible if p.name not in excluded]
     layouts = [(p.param, layout_of(p, shared)) for p in spectral]
     for p in parameters:
         setattr(p.param, _SPECTRAL, False)
     for p in spectral:
         setattr(p.param, _SPECTRAL, True)
     if shared.mup_init:
-        initialize_by_name(parameters, spectral, sso, shared)
+        initialize_by_name(parameters, spectral, config or SSOConfig(), shared)
     return layouts
 
 

@@ -20,7 +20,7 @@ from sso_megatron.mcore import cpu
 from sso_megatron.mcore.arguments import configs_from
 from sso_megatron.mcore.checkpoint_check import stored_contents
 from sso_megatron.mcore.checkpoint_folder import TRACKER, is_complete, iteration_folder
-from sso_megatron.mcore.registration import OPTIMIZERS
+from sso_megatron.mcore.kinds import OPTIMIZERS, names_with
 from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
 
 # What says which matrices there are and how large their spheres: never taken from our defaults.
@@ -141,9 +141,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(
             f"{folder} holds no arguments of its run; it must be one that Megatron's loop saved"
         )
-    if stored.optimizer not in OPTIMIZERS:
+    kind = OPTIMIZERS.get(stored.optimizer)
+    if kind is None or not kind.has_spheres:
         raise ValueError(
-            f"{folder} was trained with --optimizer {stored.optimizer}: only {' and '.join(OPTIMIZERS)} "
+            f"{folder} was trained with --optimizer {stored.optimizer}: only {names_with('sso')} "
             "hold weights on spheres, so there is nothing to retract; use it as it is"
         )
     missing = [name for name in _DECISIVE if not hasattr(stored, name)]

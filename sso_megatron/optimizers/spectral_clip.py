@@ -17,6 +17,7 @@ from sso_megatron.optimizers.batches import MatrixBatch, Member
 from sso_megatron.optimizers.config import SpectralClipConfig, SpectralConfig, one_config
 from sso_megatron.parallel.cost import PolarWork
 from sso_megatron.parallel.placement import Duplicated, Placement
+from sso_megatron.parallel.shards import norms_of
 from sso_megatron.updates.bases import AdamW, AdEMAMix, Base, Numbers, Signum, States
 from sso_megatron.updates.spectral_clip import ClipSchedule, clip_vectors_, clipped_step_
 
@@ -39,14 +40,15 @@ class SpectralClip(SpectralOptimizer):
 
     ``W <- (1 - lr wd) W - lr alpha H_c(U)``, where ``U`` is the direction of AdamW, Signum or AdEMAMix and
     ``alpha = sqrt(max(1, d_out / d_in))``, for every 2-D parameter, or every logical matrix of it where
-    ``find_layout`` names them. Parameters of fewer dimensions are taken as vectors, whole ones alone: they
+    ``find_layout`` names them. Parameters of fewer dimensions are taken as vectors, which may be cut: they
     have no weight decay, and with ``apply_to="all"`` their update is clipped by its Euclidean norm.
 
     State, in float32 (float64 for float64 parameters), is the base's: ``exp_avg`` and ``exp_avg_sq``;
     ``momentum_buffer``; or ``exp_avg_fast``, ``exp_avg_slow`` and ``exp_avg_sq``. Bias corrections, warmups
     and the schedule of ``c`` go by the number of steps taken, which the parameter groups keep.
 
-    Collectives: see ``SpectralOptimizer``. No step waits for the device.
+    Collectives: see ``SpectralOptimizer``, and for each parameter group one all-reduce of the norms of the
+    vectors that are cut. No step waits for the device.
 
     Example:
         >>> optimizer = SpectralClip(model.parameters(), lr=1e-3, base="signum")
@@ -74,8 +76,8 @@ class SpectralClip(SpectralOptimizer):
                 at, which is what torch's schedulers take it for. The paper trains with 1e-3.
             config: settings as one object, instead of ``settings``.
             shared: settings that all spectral optimizers share.
-            find_layout: gives the ``ParameterLayout`` of a parameter that is no vector; without it each is
-                one matrix.
+            find_layout: gives a parameter's ``ParameterLayout``, a vector's as one column; without it each
+                is one matrix, or a whole vector.
             settings: fields of ``SpectralClipConfig`` by name.
 
         Raises:
@@ -174,9 +176,15 @@ class SpectralClip(SpectralOptimizer):
             states = {name: self.read_state(some, name) for name in self.state_names}
             self._base.direction_(U, states, step.numbers)
 
+    def _tp_group(self, vector: Tensor) -> Any:
+        """The group that the vector is cut over, or None."""
+        layout = self._find_layout(vector) if self._find_layout is not None else None
+        cuts = [s for s in layout.splits if s.partition_dim is not None] if layout else []
+        return layout.tp_group if layout and cuts else None
+
     def _step_vectors(self, group: dict[str, Any]) -> None:
         vectors = [param for param in group["params"] if param.ndim < 2]
-        for dtype in {param.dtype for param in vectors}:
+        for dtype in dict.fromkeys(param.dtype for param in vectors):
             params = [param for param in vectors if param.dtype == dtype and param.grad is not None]
             if not params:
                 continue
@@ -188,7 +196,8 @@ class SpectralClip(SpectralOptimizer):
             ]
             self._base.direction_(U, self._states(params), step.numbers)
             if self.config.apply_to == "all":
-                clip_vectors_(U, step.c, is_continuous=self.config.one_dimensional == "continuous")
+                norms = norms_of(U, [self._tp_group(param) for param in params])
+                clip_vectors_(U, norms, step.c, is_continuous=self.config.one_dimensional == "continuous")
             torch._foreach_mul_(U, group["lr"])
             torch._foreach_sub_(params, U)
         if vectors and self.on_written is not None:

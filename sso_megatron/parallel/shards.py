@@ -125,3 +125,18 @@ class Shards:
                 views[-1].append(room[offset : offset + cut.numel(rank)].view(cut.shard_shape(rank)))
                 offset += cut.numel(rank)
         return views
+
+
+def norms_of(vectors: Sequence[Tensor], tp_groups: Sequence[Any]) -> Tensor:
+    """Euclidean norms ``(b,)`` of vectors of one dtype, each cut over a group, or whole where that is None.
+
+    Collectives: one all-reduce over each group.
+    """
+    norms = list(torch._foreach_norm(list(vectors)))
+    for group in dict.fromkeys(group for group in tp_groups if group is not None):
+        places = [i for i, other in enumerate(tp_groups) if other is group]
+        squares = torch.stack([norms[i] for i in places]).square()
+        dist.all_reduce(squares, group=group)
+        for i, norm in zip(places, squares.sqrt().unbind(), strict=True):
+            norms[i] = norm
+    return torch.stack(norms)

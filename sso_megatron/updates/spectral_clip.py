@@ -101,7 +101,7 @@ def clipped_step_(
     W.sub_(spectral_clip(U, c, coefficients, total).mul_(scale * lr))
 
 
-def clip_vectors_(vectors: list[Tensor], c: Tensor | float, is_continuous: bool) -> None:
+def clip_vectors_(vectors: list[Tensor], norms: Tensor, c: Tensor | float, is_continuous: bool) -> None:
     """Clip vectors in place, each by its own Euclidean norm.
 
     ``v / sqrt(1 + ||v||^2 / c^2)``, which is what ``H_c`` makes of a matrix of one column. As published,
@@ -109,13 +109,11 @@ def clip_vectors_(vectors: list[Tensor], c: Tensor | float, is_continuous: bool)
     it falls at once to ``0.71 c``.
 
     Args:
-        vectors: any shapes, one floating-point dtype.
+        vectors: any shapes, one floating-point dtype; whole ones, or this rank's part of them.
+        norms: of the whole vectors, one each.
         c: positive; a number, or 0-d on the device.
         is_continuous: clip short vectors too.
     """
-    if not vectors:
-        return
-    norms = torch.stack(torch._foreach_norm(vectors))
     ratios = norms / c
     factors = torch.hypot(ratios, torch.ones_like(ratios)).reciprocal()
     if not is_continuous:
