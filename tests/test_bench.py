@@ -291,7 +291,8 @@ def test_figures_of_one_rank(model: str, layout: str, ended: Ended) -> None:
     found = ended.json(model)
     results = found["results"][layout]
     names = ["adamw", "muon", "power_iteration", "muon_sphere", "sso_tracking", "sso_bisection"]
-    assert list(results) == (names[:-1] if model == "moe-8b-a1b" else names)
+    names += ["spectra", "spectra_clip_adamw"]
+    assert list(results) == (names[:5] if model == "moe-8b-a1b" else names)
     for result in results.values():
         assert len(result["seconds"]) == 2
         assert min(result["seconds"]) > 0
@@ -309,6 +310,14 @@ def test_figures_of_one_rank(model: str, layout: str, ended: Ended) -> None:
     assert results["power_iteration"]["flops"] < results["muon_sphere"]["flops"]
     for name, trials in OURS.items():
         assert results[name]["trials_per_matrix"] == trials
+    numel = sum(long * short * n for (short, long), n in shapes)
+    counters = results["adamw"]["state_bytes"] - 2 * 4 * numel
+    assert 0 < counters < 100 * sum(n for _, n in shapes)
+    assert results["muon"]["state_bytes"] == 4 * numel
+    if "spectra" in results:
+        assert 0.5 < results["spectra"]["state_bytes"] / results["adamw"]["state_bytes"] <= 0.51
+        assert results["spectra"]["flops"] < 0.25 * results["muon"]["flops"]
+        assert results["spectra_clip_adamw"]["state_bytes"] == 2 * 4 * numel
     assert results["sso_tracking"]["max_residual"] < 1e-2
     assert results["adamw"]["host_syncs"] == results["muon"]["host_syncs"] == 0
     if "sso_bisection" in results:

@@ -236,6 +236,9 @@ def test_state_of_another_optimizer(megatron: Megatron, sound: Path, adam: Path)
         assert_refused(megatron, load(root, optimizer=now), said)
         assert_loads(megatron, load(root, "--no-load-optim", optimizer=now), iteration=4)
     assert_loads(megatron, load(sound, optimizer="muon_sphere"), iteration=4)
+    # A heavy ball has another scale than a moving average, under the same name.
+    said = "was saved with --optimizer sso; .* into --optimizer spectra: add --no-load-optim"
+    assert_refused(megatron, load(sound, optimizer="spectra"), said)
 
 
 def test_optional_state_is_dropped_where_it_is_missing() -> None:

@@ -14,7 +14,10 @@ from sso_megatron.cli.bench_measure import Settings, bytes_needed, measure
 from sso_megatron.cli.bench_models import MODELS
 from sso_megatron.optimizers.config import SpectralConfig, SSOConfig, choices_of, default_of
 
-OPTIMIZERS = ("adamw", "muon", "muon_sphere", "sso_tracking", "sso_bisection")
+OPTIMIZERS = (
+    *("adamw", "muon", "muon_sphere", "sso_tracking", "sso_bisection"),
+    *("spectra", "spectra_clip_adamw"),
+)
 LAYOUTS = ("fused", "split")
 # Some five minutes on two CPU cores; bisection takes most of them.
 _HIDDEN, _LAYERS, _ROUNDS, _WARMUP = 512, 4, 5, 2

@@ -26,6 +26,7 @@ from sso_megatron.cli.bench_optimizers import (
     make_contestants,
 )
 from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
+from sso_megatron.updates.sso import SSOStats
 
 Result = dict[str, Any]
 """What was measured of one optimizer, by name; see ``_count`` and ``_merged``."""
@@ -174,8 +175,8 @@ def _wait(device: torch.device) -> None:
 
 def _trials(contestant: Contestant) -> list[int]:
     """Trials of the last step, of each matrix that this rank worked on."""
-    batches = contestant.spectral.batches if contestant.spectral else []
-    return [trials for batch in batches if batch.stats for trials in batch.stats.num_trials.tolist()]
+    stats = [batch.stats for batch in contestant.batches if isinstance(batch.stats, SSOStats)]
+    return [trials for one in stats for trials in one.num_trials.tolist()]
 
 
 def _count(contestant: Contestant, device: torch.device) -> Result:
@@ -185,14 +186,16 @@ def _count(contestant: Contestant, device: torch.device) -> Result:
         with HostSyncs(device, host_tensors) as syncs:
             contestant.step()
         _wait(device)
-    batches = contestant.spectral.batches if contestant.spectral else []
-    residuals = [b.stats.residual.abs().max().item() for b in batches if b.stats and len(b.here)]
+    batches = contestant.batches
+    stats = [b.stats for b in batches if isinstance(b.stats, SSOStats) and len(b.here)]
+    residuals = [one.residual.abs().max().item() for one in stats]
     placements: Counter[str] = Counter()
     for batch in batches:
         placements[batch.mode] += len(batch.here)
     return {
         "flops": flops.total,
         "peak_bytes": memory.peak_bytes,
+        "state_bytes": contestant.state_bytes(),
         "collectives": dict(collectives.calls),
         "received_bytes": collectives.received_bytes,
         "host_syncs": syncs.count,
@@ -205,7 +208,7 @@ def _count(contestant: Contestant, device: torch.device) -> Result:
 def _merged(by_rank: list[Result]) -> Result:
     """One result from those of all ranks: times of the slowest, counts of the rank with the most."""
     merged: Result = {}
-    for key in ("flops", "peak_bytes", "received_bytes", "host_syncs"):
+    for key in ("flops", "peak_bytes", "state_bytes", "received_bytes", "host_syncs"):
         merged[key] = max(result[key] for result in by_rank)
     for key in ("collectives", "host_sync_sources"):
         merged[key] = max((result[key] for result in by_rank), key=lambda counts: sum(counts.values()))

@@ -15,7 +15,10 @@ from sso_megatron.cli.bench_models import Model, Stored, layout_of
 from sso_megatron.linalg.power_iteration import power_iteration, start_basis
 from sso_megatron.matrices.layout import ParameterLayout
 from sso_megatron.optimizers.base import SpectralOptimizer
+from sso_megatron.optimizers.batches import MatrixBatch
 from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
+from sso_megatron.optimizers.spectra import Spectra
+from sso_megatron.optimizers.spectral_clip import SpectralClip
 from sso_megatron.optimizers.sso import SSO, MuonSphere
 
 TITLES = {
@@ -26,6 +29,8 @@ TITLES = {
     "muon_sphere": "MuonSphere",
     "sso_tracking": "SSO, tracking",
     "sso_bisection": "SSO, bisection",
+    "spectra": "Spectra",
+    "spectra_clip_adamw": "SPECTRA-AdamW",
 }
 # Copies of every weight that an optimizer holds: the weight, and its state of that size.
 COPIES = {
@@ -35,6 +40,8 @@ COPIES = {
     "muon_sphere": 2,
     "sso_tracking": 2,
     "sso_bisection": 2,
+    "spectra": 3,
+    "spectra_clip_adamw": 3,
 }
 _LR = 5e-3
 # What Muon sets torch to; torch has no nearer word for bfloat16.
@@ -77,13 +84,25 @@ class Contestant:
 
     Attributes:
         step: one step on the gradients as they are.
-        spectral: the optimizer where it is one of ours, whose batches tell more.
+        optimizer: whose step it is; None where it is no optimizer's.
         host_tensors: state that lies on the host on every device.
     """
 
     step: Callable[[], Any]
-    spectral: SpectralOptimizer | None = None
+    optimizer: torch.optim.Optimizer | None = None
     host_tensors: Callable[[], Sequence[Tensor]] = field(default=list)
+
+    @property
+    def batches(self) -> list[MatrixBatch]:
+        """Of one of ours, which tell more; none of another."""
+        return self.optimizer.batches if isinstance(self.optimizer, SpectralOptimizer) else []
+
+    def state_bytes(self) -> int:
+        """What is kept of parameters and matrices from step to step."""
+        kept = [state.values() for state in self.optimizer.state.values()] if self.optimizer else []
+        kept += [vars(batch.cache).values() for batch in self.batches if batch.cache is not None]
+        tensors = [value for values in kept for value in values if isinstance(value, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class Gradients:
@@ -151,11 +170,11 @@ def make_contestants(
 ) -> dict[str, Contestant]:
     """The optimizers by name, each with weights of its own and the shared gradients.
 
-    Where there is one of ours, and one rank, ``power_iteration`` is added: reading the weights and the
-    search for the top singular triplets alone, on the first of them.
+    Where SSO or MuonSphere is among them, and one rank, ``power_iteration`` is added: reading the weights
+    and the search for the top singular triplets alone, on the first of them.
     """
     made = {name: _make(name, setup, stored, gradients) for name in names}
-    ours = [one.spectral for one in made.values() if one.spectral is not None]
+    ours = [one.optimizer for one in made.values() if isinstance(one.optimizer, SSO)]
     if ours and setup.tp_size == 1:
         made["power_iteration"] = _power_iteration(ours[0], setup.sso)
     return {name: made[name] for name in TITLES if name in made}
@@ -171,13 +190,23 @@ def _make(name: str, setup: Setup, stored: Sequence[Stored], gradients: Gradient
         param.grad = gradient
     if name == "adamw":
         adamw = torch.optim.AdamW(params, lr=_LR)
-        return Contestant(adamw.step, host_tensors=lambda: [adamw.state[p]["step"] for p in params])
+        return Contestant(adamw.step, adamw, lambda: [adamw.state[p]["step"] for p in params])
     layouts = {id(p): setup.layout(parameter) for p, parameter in zip(params, stored, strict=True)}
+    placed: Any = {"shared": setup.shared, "find_layout": lambda p: layouts[id(p)]}
+    ours: SpectralOptimizer
+    if name == "spectra":
+        ours = Spectra(params, _LR, **placed)
+    elif name == "spectra_clip_adamw":
+        ours = SpectralClip(params, _LR, msign_steps=max(7, setup.sso.msign_steps), **placed)
+    else:
+        ours = _sso(name, params, setup.sso, placed)
+    return Contestant(ours.step, ours)
+
+
+def _sso(name: str, params: list[Parameter], settings: SSOConfig, placed: dict[str, Any]) -> SSO:
     kind = MuonSphere if name == "muon_sphere" else SSO
     solver = {"solver": "bisection"} if name == "sso_bisection" else {"solver": "tracking"}
-    config = SSOConfig(**(vars(setup.sso) | solver))
-    ours = kind(params, _LR, config=config, shared=setup.shared, find_layout=lambda p: layouts[id(p)])
-    return Contestant(ours.step, ours)
+    return kind(params, _LR, config=SSOConfig(**(vars(settings) | solver)), **placed)
 
 
 def _muon(
@@ -205,7 +234,7 @@ def _muon(
         pg_collection=None if setup.tp_group is None else collection_class(tp=setup.tp_group),
         tp_mode=mode,
     )
-    return Contestant(muon.step)
+    return Contestant(muon.step, muon)
 
 
 def import_megatron() -> tuple[Any, Any]:
@@ -223,7 +252,7 @@ def import_megatron() -> tuple[Any, Any]:
     return TensorParallelMuon, ProcessGroupCollection
 
 
-def _power_iteration(optimizer: SpectralOptimizer, config: SSOConfig) -> Contestant:
+def _power_iteration(optimizer: SSO, config: SSOConfig) -> Contestant:
     """The search for top singular triplets on the optimizer's batches, with warm bases of its own."""
     bases: dict[int, Tensor] = {}
 

@@ -105,7 +105,9 @@ def notes(settings: Settings) -> list[str]:
         "it, so that all orthogonalise the same.",
         "AdamW: torch.optim.AdamW on the stored parameters, in both.",
         "/ Muon: ratio of the medians, and median of the ratios round by round.",
-        f"flops: of matrix products. host syncs: {wait}. peak: memory that a step holds beyond its state.",
+        f"flops: of matrix products. host syncs: {wait}. peak: memory that a step holds beyond its state; "
+        "state: what lies there from step to step.",
+        "Spectra: spike and tail of the momentum. SPECTRA-AdamW: AdamW's direction, clipped.",
     ]
     if settings.tp_size > 1:
         lines.append(
@@ -134,7 +136,7 @@ def print_table(settings: Settings, results: Results, console: Console | None = 
         soft_wrap=True,
     )
     columns = ["ms", "quartiles", "/ Muon", "by round", "Gflop", "trials", "host syncs"]
-    columns += ["collectives", "received MB", "peak MB"]
+    columns += ["collectives", "received MB", "peak MB", "state MB"]
     for layout, by_name in results.items():
         counts = shapes(settings, layout)
         title = f"{layout}: {sum(count for _, count in counts)} matrices of {len(counts)} shapes"
@@ -164,6 +166,7 @@ def _cells(result: Result) -> list[str]:
         str(sum(result["collectives"].values())),
         f"{result['received_bytes'] / 1e6:.2f}",
         f"{result['peak_bytes'] / 1e6:.1f}",
+        f"{result['state_bytes'] / 1e6:.1f}",
     ]
 
 
