@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sso_megatron import SSO, MuonSphere
+from sso_megatron import SSO, MuonSphere, Spectra, SpectralAdam, SpectralClip
 from sso_megatron.matrices.layout import ParameterLayout, gate_up_splits, section_splits, whole
 from sso_megatron.updates.sso import SpectralCache, sso_step_
 
@@ -33,6 +33,15 @@ SETTINGS = [
     pytest.param(SSO, {"msign_precision": "bf16"}, id="bf16"),
     pytest.param(MuonSphere, {}, id="muon_sphere"),
     pytest.param(MuonSphere, {"weight_decay": 0.1, "retract_mode": "dynamic"}, id="muon_sphere dynamic"),
+]
+
+FAMILY = [
+    pytest.param(Spectra, {}, id="spectra"),
+    pytest.param(Spectra, {"momentum_dtype": "bf16", "nesterov": True}, id="spectra bf16"),
+    pytest.param(SpectralAdam, {"period": 3}, id="spectral_adam"),
+    pytest.param(SpectralClip, {"c": 2.0, "c_warmup_steps": 4}, id="clipped adamw"),
+    pytest.param(SpectralClip, {"base": "signum"}, id="clipped signum"),
+    pytest.param(SpectralClip, {"base": "ademamix", "train_steps": 4}, id="clipped ademamix"),
 ]
 
 
@@ -86,13 +95,12 @@ class Training:
         """All that a step changes."""
         found = {name: param.detach().clone() for name, param in self.params.items()}
         for name, param in self.params.items():
-            found[f"momentum of {name}"] = self.optimizer.state[param]["momentum_buffer"].clone()
+            found |= {f"{key} of {name}": v.clone() for key, v in self.optimizer.state[param].items()}
         for name, state in self.optimizer.spectral_state().items():
             found |= {f"{key} of {name}": value for key, value in state.items()}
         for number, batch in enumerate(self.optimizer.batches):
-            found |= {
-                f"{key} seen in batch {number}": value.clone() for key, value in vars(batch.stats).items()
-            }
+            seen = vars(batch.stats) if batch.stats else {}
+            found |= {f"{key} seen in batch {number}": value.clone() for key, value in seen.items()}
         return found
 
 
@@ -101,7 +109,7 @@ class Training:
     [(False, torch.float32), (True, torch.float32), (True, torch.float64), (True, torch.bfloat16)],
     ids=str,
 )
-@pytest.mark.parametrize(("kind", "settings"), SETTINGS)
+@pytest.mark.parametrize(("kind", "settings"), SETTINGS + FAMILY)
 def test_replayed_steps_equal_eager_ones(
     kind: Any, settings: dict[str, Any], split: bool, dtype: torch.dtype
 ) -> None:

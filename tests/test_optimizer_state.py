@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_sso_torch import Twin, random_values
 
-from sso_megatron import SSO, MuonSphere
+from sso_megatron import SSO, MuonSphere, Spectra, SpectralAdam, SpectralClip
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 KINDS = {
@@ -14,6 +14,9 @@ KINDS = {
     "bisection": lambda p: SSO(p, lr=0.05, solver="bisection"),
     "muon_sphere": lambda p: MuonSphere(p, lr=0.05),
     "from_weights": lambda p: SSO(p, lr=0.05, radius_mode="from_weights", radius_scaler=1.3),
+    "spectra": lambda p: Spectra(p, lr=0.05),
+    "spectral_adam": lambda p: SpectralAdam(p, lr=0.05, period=4),
+    "clipped ademamix": lambda p: SpectralClip(p, lr=0.05, base="ademamix", train_steps=6),
 }
 
 

@@ -9,7 +9,7 @@ from sso_megatron.mcore import arguments, checkpoint_loading, checkpoint_saving,
 def enter() -> None:
     """Check versions, rehearse on the CPU if there is no CUDA device, and hook into Megatron.
 
-    Run it first in a training process: our flags and the names ``sso`` and ``muon_sphere`` then
+    Run it first in a training process: our flags and the names for ``--optimizer`` then
     work in any script that uses Megatron's own argument parser. An error ends the process with one
     line and exit code 2. No process group is made.
     """

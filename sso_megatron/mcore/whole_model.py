@@ -20,9 +20,10 @@ from sso_megatron.mcore import cpu
 from sso_megatron.mcore.arguments import configs_from
 from sso_megatron.mcore.checkpoint_check import stored_contents
 from sso_megatron.mcore.checkpoint_folder import TRACKER, is_complete, iteration_folder
-from sso_megatron.mcore.kinds import OPTIMIZERS, names_with
+from sso_megatron.mcore.kinds import OPTIMIZERS
 from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
 
+_WITH_SPHERES = " and ".join(name for name, kind in OPTIMIZERS.items() if kind.has_spheres)
 # What says which matrices there are and how large their spheres: never taken from our defaults.
 _DECISIVE = (
     *("optimizer", "sso_radius_mode", "sso_radius_scaler"),
@@ -144,7 +145,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     kind = OPTIMIZERS.get(stored.optimizer)
     if kind is None or not kind.has_spheres:
         raise ValueError(
-            f"{folder} was trained with --optimizer {stored.optimizer}: only {names_with('sso')} "
+            f"{folder} was trained with --optimizer {stored.optimizer}: only {_WITH_SPHERES} "
             "hold weights on spheres, so there is nothing to retract; use it as it is"
         )
     missing = [name for name in _DECISIVE if not hasattr(stored, name)]
