@@ -34,6 +34,19 @@ def test_tied_embeddings_over_two_stages(megatron) -> None:  # type: ignore[no-u
     assert_same_run(stages, single)
 
 
+@pytest.mark.parametrize("flags", [[], ["--bf16"]], ids=["fp32", "bf16"])
+def test_both_copies_of_a_tied_embedding_take_the_same_clipped_steps(megatron, flags) -> None:  # type: ignore[no-untyped-def]
+    """Each stage steps on its own copy, by a name of its own."""
+    stages = ["--pipeline-model-parallel-size", 2]
+    argv = tiny(*stages, *flags, "--train-iters", 6, optimizer="spectra_clip_adamw")
+    argv.remove("--untie-embeddings-and-output-weights")
+    run = megatron.train(argv, 2, calls=("probes:weights",))
+    initial, final = run.merged("initial"), run.merged("final")
+    names = ("embedding.word_embeddings.weight", "output_layer.weight")
+    assert torch.equal(final[names[0]], final[names[1]])
+    assert not torch.equal(final[names[0]], initial[names[0]])
+
+
 def test_validation_loss_is_the_last_one_over_two_stages(megatron) -> None:  # type: ignore[no-untyped-def]
     """Only the last stage knows it; evaluations inside the run must not outlast the closing one."""
     argv = tiny("--pipeline-model-parallel-size", 2, "--eval-interval", 2, "--eval-iters", 1)
