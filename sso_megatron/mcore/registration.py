@@ -105,7 +105,7 @@ def _checked(name: str, kind: Kind, config: Any) -> Any:
     fits = isinstance(config, kind.config_cls)
     if not fits or any(getattr(config, key) != value for key, value in kind.fixed.items()):
         raise ValueError(
-            f"optimizer={name!r} with settings {config!r}; give register() a "
+            f"optimizer={name!r} was registered with {type(config).__name__}; give register() "
             f"{kind.config_cls.__name__}({wanted})"
         )
     return config
