@@ -1,16 +1,18 @@
 """Every flag reaches the optimizer, and every bad one ends with one line before any process group."""
 
+import argparse
 import dataclasses
 import os
 import subprocess
 import sys
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import MOE, Megatron, tiny
 
-from sso_megatron.mcore.kinds import CONFIGS, OPTIMIZERS, flag_fields
+from sso_megatron.mcore.kinds import CONFIGS, OPTIMIZERS, flag_fields, from_schedule
 
 # A value that is not the default for every setting; a test below insists that none is missing.
 OTHER: dict[str, dict[str, object]] = {
@@ -151,6 +153,27 @@ def test_spectral_clipping_takes_everything_and_the_runs_schedule(megatron: Mega
     assert found["matrices"]["embedding.word_embeddings.weight"] == (128, 64)
     assert (found["config"]["train_steps"], found["config"]["c_warmup_steps"]) == (4, 2)
     assert all(group["max_lr"] == 1e-2 for group in found["groups"])
+
+
+SCHEDULES = [
+    ({"train_iters": 100, "lr_warmup_iters": 10}, (100, 10)),
+    ({"train_iters": 100, "lr_warmup_fraction": 0.05}, (100, 5)),
+    ({"train_iters": 100, "lr_decay_iters": 60, "lr_warmup_fraction": 0.1}, (100, 6)),
+    ({"train_samples": 800, "lr_warmup_samples": 80}, (200, 20)),
+    ({"train_iters": 5, "lr_warmup_iters": 10}, (5, 5)),
+    ({"train_iters": 100, "lr_warmup_iters": 10, "spectra_clip_train_steps": 90}, (None, 10)),
+]
+
+
+@pytest.mark.parametrize(("given", "wanted"), SCHEDULES)
+def test_schedule_of_the_run(given: dict[str, Any], wanted: tuple[int | None, int]) -> None:
+    names = ("train_iters", "train_samples", "lr_decay_iters", "lr_decay_samples", "lr_warmup_fraction")
+    unset = dict.fromkeys(names) | {"lr_warmup_iters": 0, "lr_warmup_samples": 0, "global_batch_size": 4}
+    ours = {"spectra_clip_train_steps": 0, "spectra_clip_c_warmup_steps": 0}
+    args = argparse.Namespace(**(unset | ours | given))
+    found = from_schedule(OPTIMIZERS["spectra_clip_adamw"], args)
+    assert (found.get("train_steps"), found["c_warmup_steps"]) == wanted
+    assert from_schedule(OPTIMIZERS["spectra"], args) == {}
 
 
 @pytest.mark.parametrize(
