@@ -118,7 +118,7 @@ def check_make(words: list[str]) -> None:
 
 def check_sso_megatron(words: list[str]) -> None:
     """Run ``data``, and ``bench`` on less; what names files of an example, or ranks, is parsed alone."""
-    from sso_megatron.cli import bench, data, export
+    from sso_megatron.cli import bench, criterion, data, export
     from sso_megatron.cli.main import main
 
     if words[0] == "first-run":
@@ -126,7 +126,7 @@ def check_sso_megatron(words: list[str]) -> None:
         return
     parser = argparse.ArgumentParser(exit_on_error=False)
     subparsers = parser.add_subparsers()
-    for command in (bench, data, export):
+    for command in (bench, criterion, data, export):
         command.add_parser(subparsers)
     options = parser.parse_args(words)
     if words[0] == "bench" and options.tp == 1:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sso_megatron.linalg.orthonormal import orthonormalize
+from sso_megatron.linalg.orthonormal import orthonormalize, random_basis
 from sso_megatron.linalg.part import Part
 from sso_megatron.linalg.precision import float32_products
 
@@ -65,10 +65,7 @@ def find_block(M: Tensor, k: int, part: Part) -> Tensor:
     device. Where M has fewer than k directions the others are random.
     """
     n = part.shape[1]
-    # A generator of its own: the training's random state must not depend on the optimizer.
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64)).Q
-    V = basis.to(device=M.device, dtype=M.dtype).expand(M.size(0), -1, -1)
+    V = random_basis(n, k, M)
     _, Y, lengths = iterate_block(M, V, part, num_passes=_COLD_PASSES)
     # Scaled, so that the squares of small momenta are there for eigh.
     size = torch.linalg.vector_norm(lengths, dim=-1).clamp_min(torch.finfo(torch.float64).tiny)

@@ -1,4 +1,4 @@
-"""An orthonormal basis of a thin block whose rows may be cut over ranks, from its Gram matrices."""
+"""Orthonormal bases: of a thin block whose rows may be cut over ranks, and random ones to start from."""
 
 import torch
 from torch import Tensor
@@ -10,6 +10,21 @@ from sso_megatron.linalg.polar import Total
 # it comes out of a pass at full length if it was longer than 1e-6; below, the second pass does the rest.
 _SHIFT = 1e-12
 _PASSES = 2
+
+
+def random_basis(n: int, k: int, like: Tensor) -> Tensor:
+    """An orthonormal block ``(b, n, min(k, n))`` to start from, the same for every matrix, rank and device.
+
+    Args:
+        n: rows.
+        k: columns.
+        like: ``(b, p, q)``; gives the number of matrices, dtype and device.
+    """
+    # A generator of its own: the training's random state must not depend on the optimizer.
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(n, min(k, n), generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(block).Q.to(device=like.device, dtype=like.dtype)
+    return basis.expand(like.size(0), -1, -1).contiguous()
 
 
 def orthonormalize(P: Tensor, total: Total | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sso_megatron.linalg.orthonormal import random_basis
 from sso_megatron.linalg.polar import Total, times, times_thin
 
 # Squarings of a k x k matrix of Ritz values: the 2^24th power tells values apart that differ by 1e-7,
@@ -48,11 +49,7 @@ def start_basis(W: Tensor, block_size: int, *, rows_are_cut: bool = False) -> Te
         rows_are_cut: ``s`` is ``n``, the side that is whole here; else it is ``min(m, n)``.
     """
     side = W.size(-1) if rows_are_cut else min(W.shape[-2:])
-    # A generator of its own: the training's random state must not depend on the optimizer.
-    generator = torch.Generator().manual_seed(0)
-    block = torch.randn(side, min(block_size, side), generator=generator, dtype=torch.float64)
-    basis = torch.linalg.qr(block).Q.to(device=W.device, dtype=W.dtype)
-    return basis.expand(W.size(0), -1, -1).contiguous()
+    return random_basis(side, block_size, W)
 
 
 def power_iteration(

@@ -78,6 +78,11 @@ def flag_fields(prefix: str) -> list["dataclasses.Field[Any]"]:
     return [f for f in dataclasses.fields(CONFIGS[prefix]) if f.name not in fixed]
 
 
+def flags_of(prefix: str, names: list[str]) -> str:
+    """Flags of settings, to be shown."""
+    return " ".join(f"--{prefix}-{name}".replace("_", "-") for name in names)
+
+
 def from_schedule(kind: Kind, args: argparse.Namespace) -> dict[str, int]:
     """Settings that stand at 0 and that the run's own length and warmup give.
 

@@ -45,6 +45,8 @@ class ModelParameter:
         tp_group: tensor-parallel group, that of the experts for expert parameters.
         tp_size: its ranks.
         tp_rank: this rank's place in it.
+        module: whose own parameter it is; None in a model that is only described.
+        is_expert: whether it belongs to routed experts, whose replicas have a group of their own.
         experts: global numbers of the experts that are packed into this one tensor, if any.
         glu_interleave: rows of a block where blocks of gate and up take turns, else 0.
     """
@@ -56,6 +58,8 @@ class ModelParameter:
     tp_group: Any
     tp_size: int
     tp_rank: int
+    module: Any = None
+    is_expert: bool = False
     experts: tuple[int, ...] = ()
     glu_interleave: int = 0
 
@@ -64,6 +68,12 @@ class ModelParameter:
         """Whether it is an embedding of any kind or the output layer."""
         is_marked = getattr(self.param, "is_embedding_or_output_parameter", False)
         return is_marked or self.name.startswith("embedding.")
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether it is one of the weights of a grouped product, an expert's each."""
+        routed = ROUTED_EXPERT.search(self.name)
+        return bool(routed and routed["gemm"])
 
     @property
     def is_matrix(self) -> bool:
@@ -113,7 +123,7 @@ def model_parameters(model_chunks: Iterable[Any], pg_collection: Any) -> Iterato
             first = get_pg_rank(pg_collection.ep) * num_local
             experts = tuple(range(first, first + num_local))
         rename = global_names(chunk, experts[0] if experts else 0)
-        owner_of = _owners(chunk)
+        owner_of, modules = _owners(chunk), dict(chunk.named_modules())
         for local_name, param in chunk.named_parameters():
             if not param.requires_grad:
                 continue
@@ -131,6 +141,8 @@ def model_parameters(model_chunks: Iterable[Any], pg_collection: Any) -> Iterato
                 tp_group,
                 size,
                 get_pg_rank(tp_group) if size > 1 else 0,
+                modules[local_name.rpartition(".")[0]],
+                bool(is_expert),
                 experts if routed and not (routed["own"] or routed["gemm"]) else (),
                 _glu_interleave(name, owner, config),
             )

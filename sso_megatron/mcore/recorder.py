@@ -1,7 +1,8 @@
 """Records of a run: losses, spectral norms and a closing summary, in a folder of plain files.
 
 ``metrics.jsonl`` gets one line for each iteration; at Megatron's ``--log-interval`` lines also hold
-the spectral norms. ``summary.json`` is written when training has ended.
+the spectral norms, and at ``--log-spectral-criterion`` the criterion of each weight. ``summary.json`` is
+written when training has ended.
 """
 
 import json
@@ -14,7 +15,10 @@ from typing import Any
 import torch
 
 from sso_megatron.linalg.spectral_norm import spectral_norm
-from sso_megatron.mcore import compat
+from sso_megatron.mcore import compat, criterion_report
+from sso_megatron.mcore.arguments import config_from
+from sso_megatron.mcore.criterion import Criterion
+from sso_megatron.mcore.criterion import rows as criterion_rows
 from sso_megatron.mcore.registration import spectral_parts
 from sso_megatron.optimizers.sso import SSO
 
@@ -36,7 +40,11 @@ def _with_records(original: Callable[..., Any]) -> Callable[..., Any]:
         options = get_args()
         if not getattr(options, "spectral_run_dir", None):
             return original(*args, **kwargs)
-        recorder = Recorder(Path(options.spectral_run_dir), options.log_interval)
+        criterion = None
+        if options.log_spectral_criterion:
+            criterion = Criterion(options.log_spectral_criterion, config_from(options, "spectral"))
+            compat.wrap(training, "train_step", criterion.around_train_step)
+        recorder = Recorder(Path(options.spectral_run_dir), options.log_interval, criterion)
         for name in ("train", "training_log", "evaluate", "evaluate_and_print_results"):
             compat.wrap(training, name, getattr(recorder, f"around_{name}"))
         try:
@@ -59,10 +67,11 @@ class Recorder:
     and those of ``SSO.retracted``.
     """
 
-    def __init__(self, folder: Path, log_interval: int) -> None:
-        """Take the folder to write to, which must exist on rank 0."""
+    def __init__(self, folder: Path, log_interval: int, criterion: Criterion | None) -> None:
+        """Take the folder to write to, which must exist on rank 0, and what else to record."""
         self.folder = folder
         self.log_interval = log_interval
+        self.criterion = criterion
         self.optimizers: list[SSO] = []
         self.losses: list[tuple[int, Any]] = []  # this rank's, not written yet
         self.loss_curve: list[float] = []
@@ -120,6 +129,7 @@ class Recorder:
         mine = {
             "losses": [(i, float(loss)) for i, loss in self.losses if loss is not None],
             "spectra": spectra(self.optimizers),
+            "criterion": self.criterion.take_parts() if self.criterion else {},
         }
         self.losses.clear()
         everywhere: list[Any] = [None] * torch.distributed.get_world_size()
@@ -150,6 +160,10 @@ class Recorder:
                 "median_residual": statistics.median(residuals),
                 "over_tolerance": sum(not values["converged"] for values in seen.values()),
             }
+        for line in lines:
+            parts = [part["criterion"].get(line["iteration"]) for part in everywhere]
+            if any(parts):
+                line["criterion"] = criterion_rows(part for part in parts if part)
         text = "".join(json.dumps(line) + "\n" for line in lines)
         try:
             with (self.folder / "metrics.jsonl").open("a") as file:
@@ -179,6 +193,8 @@ class Recorder:
             "seconds": round(self.seconds, 1),
         }
         (self.folder / "summary.json").write_text(json.dumps(summary) + "\n")
+        if self.criterion:
+            criterion_report.show(self.folder)
 
 
 def spectra(optimizers: Iterable[SSO]) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """Batches of equal logical matrices: what a step works on in one go."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sso_megatron.linalg.part import Part
 from sso_megatron.matrices.layout import ParameterLayout, Split
-from sso_megatron.parallel.placement import Placement
+from sso_megatron.parallel.placement import Duplicated, Placement
 from sso_megatron.parallel.shards import Shards
 
 
@@ -92,6 +92,26 @@ class MatrixBatch:
     def weights(self) -> list[Tensor]:
         """This rank's part of every weight; it may be a view of the parameter."""
         return self.read(member.param.detach() for member in self.members)
+
+    def spread(self, read: Callable[[list[Member], list[Tensor]], None]) -> tuple[Tensor, Placement]:
+        """A tensor of each member, spread as for a step, for looking at it or changing it between steps.
+
+        Collectives: one all-gather where the members are cut, none where the placement is ``distributed``.
+
+        Args:
+            read: puts this rank's part of the members' tensors into the places given.
+
+        Returns:
+            ``(b, p, q)``, whole or parts, of all members: between steps nothing brings results back from
+            owners. And the placement, whose ``own`` gives this rank's part back.
+        """
+        placement = self.placement
+        if self.shards is not None and self.mode == "owner":
+            placement = Duplicated(self.shards)
+        room, (places,) = placement.stage(1, **self.options)
+        read(self.members, places)
+        (spread,) = placement.spread(room, 1)
+        return spread, placement
 
     def whole(self, parts: list[Tensor]) -> Tensor:
         """Whole matrices ``(b, d_out, d_in)`` on every rank, from what ``read`` gives; for looking at.

@@ -16,7 +16,6 @@ from sso_megatron.optimizers.base import FindLayout, MatrixState, SpectralOptimi
 from sso_megatron.optimizers.batches import MatrixBatch, Member
 from sso_megatron.optimizers.config import SpectralClipConfig, SpectralConfig, one_config
 from sso_megatron.parallel.cost import PolarWork
-from sso_megatron.parallel.placement import Duplicated, Placement
 from sso_megatron.parallel.shards import norms_of
 from sso_megatron.updates.bases import AdamW, AdEMAMix, Base, Numbers, Signum, States
 from sso_megatron.updates.spectral_clip import ClipSchedule, clip_vectors_, clipped_step_
@@ -233,13 +232,7 @@ class SpectralClip(SpectralOptimizer):
         for batch in self.batches:
             if batch.shards is None and all(member.param.grad is None for member in batch.members):
                 continue
-            # Between steps nothing brings results back from owners: all ranks clip all matrices.
-            placement: Placement = batch.placement
-            if batch.shards is not None and batch.mode == "owner":
-                placement = Duplicated(batch.shards)
-            room, (slots,) = placement.stage(1, **batch.options)
-            self.read_gradients(batch.members, slots)
-            (G,) = placement.spread(room, 1)
+            G, placement = batch.spread(self.read_gradients)
             c = schedule.at(batch.group["step"].double() + 1, batch.group["lr"], self._peak(batch.group))
             clipped = placement.own(spectral_clip(G, c, self._coefficients, placement.total))
             for member, value in zip(batch.members, clipped, strict=True):

@@ -4,7 +4,7 @@
 or not. Shards travel in flat buffers, one after the other, so that no shard is padded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,19 @@ class Shards:
                 views[-1].append(room[offset : offset + cut.numel(rank)].view(cut.shard_shape(rank)))
                 offset += cut.numel(rank)
         return views
+
+
+def sum_over(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor] | None:
+    """A function that adds a tensor up over a group, in place or not; None for a group of one."""
+    if dist.get_world_size(group) == 1:
+        return None
+
+    def total(part: Tensor) -> Tensor:
+        part = part.contiguous()
+        dist.all_reduce(part, group=group)
+        return part
+
+    return total
 
 
 def norms_of(vectors: Sequence[Tensor], tp_groups: Sequence[Any]) -> Tensor:

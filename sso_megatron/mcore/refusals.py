@@ -1,0 +1,190 @@
+"""What the command line must not ask for: each refusal names the flag, the rule and the way out."""
+
+import argparse
+
+from sso_megatron.mcore.kinds import CONFIGS, OPTIMIZERS, Kind, flag_fields, flags_of, names_with
+
+
+def check_request(args: argparse.Namespace) -> None:
+    """Refuse what cannot work with a spectral optimizer.
+
+    Raises:
+        ValueError: with the flag, the rule and the way out.
+    """
+    refused = {
+        "fp16": "float16 gradients overflow the spectral step; use --bf16",
+        "use_torch_fsdp2": "FSDP cuts matrices where no spectral step can see them; leave it out",
+        "use_megatron_fsdp": "FSDP cuts matrices where no spectral step can see them; leave it out",
+        "optimizer_cuda_graph": "a replay cannot skip a step whose gradient norm is not finite; leave it "
+        "out",
+        "optimizer_cpu_offload": "the spectral step runs on the device; leave it out",
+        "use_precision_aware_optimizer": "gradients would be clipped for AdamW alone; leave it out",
+        "fp8_param_gather": "matrices are gathered in the precision they are kept in; leave it out",
+        "fp4_param_gather": "matrices are gathered in the precision they are kept in; leave it out",
+        "overlap_param_gather_with_optimizer_step": "all parts of the optimizer step before parameters "
+        "are gathered; use --overlap-param-gather alone",
+        "loss_scale": "bf16 and fp32 need none, and the spectral step has none; leave it out",
+    }
+    for name, rule in refused.items():
+        if getattr(args, name, False):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} with --optimizer {args.optimizer}: {rule}")
+    _check_sharding(args)
+    _check_combinations(args, OPTIMIZERS[args.optimizer])
+
+
+def _check_combinations(args: argparse.Namespace, kind: Kind) -> None:
+    """Refuse our own settings that contradict each other or do nothing."""
+    if args.spectral_mup_init and args.sso_radius_mode == "from_weights":
+        raise ValueError(
+            "--sso-radius-mode from_weights with --spectral-mup-init: weights are drawn for radii that "
+            "the weights themselves would give; leave one out"
+        )
+    if not kind.has_spheres:
+        unknown = {
+            "spectral_mup_init": "it keeps weights on no spheres",
+            "use_mup": "its learning rates under muP are not known",
+        }
+        for name, rule in unknown.items():
+            if getattr(args, name, False):
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} with --optimizer {args.optimizer}: {rule}; leave it out")
+    if args.optimizer == "spectral_adam" and args.spectral_tp_mode == "owner":
+        raise ValueError(
+            "--spectral-tp-mode owner with --optimizer spectral_adam: its averages stay with the shards; "
+            "use distributed"
+        )
+    if kind.prefix == "spectra_clip":
+        base = kind.fixed["base"]
+        idle = [n for n in _changed(args, kind.prefix) if base not in _BASES.get(n, (base,))]
+        if idle:
+            flags = flags_of(kind.prefix, idle)
+            raise ValueError(f"{flags} with --optimizer {args.optimizer}: has no effect; leave it out")
+        without = [n for n in _changed(args, kind.prefix) if n in ("c_decay_steps", "c_final")]
+        if without and args.spectra_clip_c_decay == "none":
+            flags = flags_of(kind.prefix, without)
+            raise ValueError(
+                f"{flags} has an effect only with --spectra-clip-c-decay; leave it out, or give that"
+            )
+    if args.optimizer == "muon_sphere":
+        idle = [n for n in _changed(args, "sso") if n == "tangent" or n.startswith("solver")]
+        if idle:
+            raise ValueError(
+                f"{flags_of('sso', idle)} with --optimizer muon_sphere: MuonSphere does not look at "
+                "the tangent space; leave it out, or use --optimizer sso"
+            )
+    for prefix in ("spectral", kind.prefix):
+        for name in _changed(args, prefix):
+            other, needed = _READ_ONLY_WITH.get(prefix, {}).get(
+                name, (name, getattr(args, f"{prefix}_{name}"))
+            )
+            if getattr(args, f"{prefix}_{other}") != needed:
+                flag, wanted = flags_of(prefix, [name]), flags_of(prefix, [other])
+                raise ValueError(
+                    f"{flag} has an effect only with {wanted} {needed}; leave one out, or give the other"
+                )
+
+
+def _check_sharding(args: argparse.Namespace) -> None:
+    """Refuse ways to shard that would cut matrices, lose state or stop half-way."""
+    using = f"with --optimizer {args.optimizer}"
+    if not args.use_layer_wise_param_layout:
+        raise ValueError(
+            f"--no-use-layer-wise-param-layout {using}: whole matrices need that layout; leave it out"
+        )
+    for kind in ("tensor", "expert_tensor"):
+        name = f"{kind}_parallel_num_weight_shards"
+        ranks = args.expert_tensor_parallel_size if kind == "expert_tensor" else None
+        shards = getattr(args, name, None)
+        if shards is not None and shards > (ranks or args.tensor_model_parallel_size):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {shards} {using}: matrices must not be cut beyond tensor "
+                "parallelism; leave it out"
+            )
+    if args.num_distributed_optimizer_instances != 1:
+        raise ValueError(
+            f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} {using}: "
+            "matrices are sharded over all data-parallel ranks; use 1"
+        )
+    saves = args.save is not None and not args.no_save_optim
+    loads = args.load is not None and not (args.no_load_optim or args.finetune)
+    if args.use_distributed_optimizer and args.ckpt_format == "torch" and (args.save is not None or loads):
+        raise ValueError(
+            f"--ckpt-format torch with --use-distributed-optimizer {using}: Megatron keeps its optimizer's "
+            "state in files of single ranks then; use --ckpt-format torch_dist"
+        )
+    for name in ("mla_down_proj_fusion", "moe_single_grouped_weight"):
+        if getattr(args, name, False) and (saves or loads):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {using}: Megatron stores that weight in pieces, and the "
+                "optimizer's state cannot be stored so yet; leave it out, or keep the model alone with "
+                "--no-save-optim and --no-load-optim"
+            )
+
+
+# Settings that nothing looks at unless another one has this value.
+_READ_ONLY_WITH = {
+    "spectral": {"flops_per_byte": ("tp_mode", "auto")},
+    "sso": {
+        "solver": ("tangent", "solve"),
+        "solver_trials": ("solver", "tracking"),
+        "solver_tolerance": ("solver", "bisection"),
+        "solver_max_iterations": ("solver", "bisection"),
+        "retract_alpha": ("retract_mode", "dynamic"),
+        "symmetric_kernel": ("msign_precision", "bf16"),
+    },
+    "spectra_clip": {"one_dimensional": ("apply_to", "all")},
+}
+# Settings of spectral clipping that some of its bases alone read.
+_BASES = {
+    "beta2": ("adamw",),
+    **dict.fromkeys(("beta1", "eps"), ("adamw", "ademamix")),
+    **dict.fromkeys(("momentum", "nesterov"), ("signum",)),
+    **{f"ademamix_{name}": ("ademamix",) for name in ("beta2", "beta3", "alpha", "warmup_steps")},
+}
+
+
+def refuse_idle_flags(args: argparse.Namespace) -> None:
+    """Refuse our flags with an optimizer that does not read them.
+
+    Raises:
+        ValueError: with the flags and the way out.
+    """
+    kind = OPTIMIZERS.get(args.optimizer)
+    for prefix in CONFIGS:
+        is_read = kind is not None and prefix in ("spectral", kind.prefix)
+        changed = [] if is_read else _changed(args, prefix)
+        if changed:
+            raise ValueError(
+                f"{flags_of(prefix, changed)} with --optimizer {args.optimizer}: has no effect; leave it "
+                f"out, or use --optimizer {names_with(prefix)}"
+            )
+
+
+def _changed(args: argparse.Namespace, prefix: str) -> list[str]:
+    return [f.name for f in flag_fields(prefix) if getattr(args, f"{prefix}_{f.name}") != f.default]
+
+
+def check_criterion(args: argparse.Namespace) -> None:
+    """Refuse what the criterion cannot be measured with."""
+    if args.log_spectral_criterion is None:
+        return
+    flag = f"--log-spectral-criterion {args.log_spectral_criterion}"
+    if args.log_spectral_criterion < 1:
+        raise ValueError(f"{flag} must be at least 1; leave it out to measure nothing")
+    if args.spectral_run_dir is None:
+        raise ValueError(f"{flag} is written into a folder of records; name one with --spectral-run-dir")
+    refused = {
+        "use_torch_fsdp2": "gradients are not whole on any rank",
+        "use_megatron_fsdp": "gradients are not whole on any rank",
+        "enable_cuda_graph": "a replayed forward pass cannot be looked at",
+        "external_cuda_graph": "a replayed forward pass cannot be looked at",
+    }
+    for name, rule in refused.items():
+        if getattr(args, name, False):
+            raise ValueError(f"{flag} with --{name.replace('_', '-')}: {rule}; leave one out")
+    if getattr(args, "cuda_graph_impl", "none") != "none":
+        raise ValueError(
+            f"{flag} with --cuda-graph-impl {args.cuda_graph_impl}: a replayed forward pass cannot be "
+            "looked at; leave one out"
+        )

@@ -1,0 +1,176 @@
+"""The criterion that a run records, against exact singular values, and the same in every layout."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MOE, Megatron, Run, expert_by_itself, tiny
+from test_every_layout import DENSE_LAYOUTS, MOE_LAYOUTS
+from torch import Tensor
+
+from sso_megatron.cli.main import main
+from sso_megatron.mcore import criterion_report
+
+EVERY = ["--log-spectral-criterion", 2]
+# Heads of the tiny model: two query groups of two queries, a key and a value, 16 rows each.
+KINDS = {"q": [0, 1, 4, 5], "k": [2, 6], "v": [3, 7]}
+
+
+def recorded(run: Run) -> dict[int, dict[str, dict[str, float]]]:
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        line["iteration"]: {expert_by_itself(name): row for name, row in line["criterion"].items()}
+        for line in lines
+        if "criterion" in line
+    }
+
+
+def nuclear_rank(blocks: list[Tensor]) -> float:
+    values = [torch.linalg.svdvals(block.double()) for block in blocks]
+    return (sum(s.sum() ** 2 for s in values) / sum(s.square().sum() for s in values)).item()
+
+
+def stable_rank(A: Tensor) -> float:
+    if not A.is_floating_point():
+        return A.numel() / A.flatten().bincount().max().item()
+    s = torch.linalg.svdvals(A.double())
+    return (s.square().sum() / s[0] ** 2).item()
+
+
+def blocks_of(name: str, G: Tensor) -> dict[str, list[Tensor]]:
+    if name.endswith("linear_qkv"):
+        heads = G.split(16)
+        return {f".{kind}": [heads[i] for i in places] for kind, places in KINDS.items()}
+    if name.endswith("linear_fc1"):
+        gate, up = G.chunk(2)
+        return {".gate": [gate], ".up": [up]}
+    return {"": [G]}
+
+
+@pytest.mark.parametrize("optimizer", ["sso", "adam"])
+def test_exact_values(megatron: Megatron, optimizer: str) -> None:
+    run = megatron.train(tiny(*EVERY, optimizer=optimizer), calls=("criterion_probes:capture",))
+    found = recorded(run)
+    assert list(found) == [2, 4]
+    captured = run.saved("captured")[0]
+    wanted = {
+        f"{name}.weight{kind}": (nuclear_rank(blocks), stable_rank(A))
+        for name, (A, G) in captured.items()  # type: ignore[attr-defined]
+        for kind, blocks in blocks_of(name, G).items()
+    }
+    assert found[2].keys() == wanted.keys()
+    for name, (nuclear, stable) in wanted.items():
+        values = found[2][name]
+        assert values["nuclear_rank"] == pytest.approx(nuclear, rel=2e-3), name
+        assert values["stable_rank"] == pytest.approx(stable, rel=1e-2), name
+        assert values["gain"] == pytest.approx(values["nuclear_rank"] / values["stable_rank"])
+
+
+def assert_same(run: Run, reference: Run) -> None:
+    found, wanted = recorded(run), recorded(reference)
+    assert found.keys() == wanted.keys()
+    worst = {"nuclear_rank": 0.0, "stable_rank": 0.0}
+    for iteration, rows in wanted.items():
+        assert found[iteration].keys() == rows.keys()
+        for name, values in rows.items():
+            for key in worst:
+                error = abs(found[iteration][name][key] / values[key] - 1)
+                worst[key] = max(worst[key], error)
+    print(worst)
+    assert worst["nuclear_rank"] <= 1e-3
+    assert worst["stable_rank"] <= 1e-2
+    assert run.losses == pytest.approx(reference.losses, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def dense(megatron: Megatron) -> Run:
+    return megatron.train(tiny("--num-layers", 4, "--spectral-mup-init", *EVERY))
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2-sp", "pp2", "cp2", "dp2-dist", "tp2-pp2-dp2-dist"])
+def test_dense_layouts(megatron: Megatron, dense: Run, layout: str) -> None:
+    ranks, tp, flags = DENSE_LAYOUTS[layout]
+    argv = tiny("--num-layers", 4, "--spectral-mup-init", *EVERY, *flags, tp=tp)
+    assert_same(megatron.train(argv, ranks), dense)
+
+
+@pytest.fixture(scope="module")
+def moe(megatron: Megatron) -> Run:
+    return megatron.train(tiny(*MOE, "--spectral-mup-init", *EVERY))
+
+
+@pytest.mark.parametrize("layout", ["tp2-ep2-etp1", "tp2-etp2", "ep2-dist", "grouped"])
+def test_moe_layouts(megatron: Megatron, moe: Run, layout: str) -> None:
+    ranks, tp, flags = MOE_LAYOUTS[layout]
+    assert_same(megatron.train(tiny(*MOE, "--spectral-mup-init", *EVERY, *flags, tp=tp), ranks), moe)
+
+
+def test_a_run_is_the_same_with_and_without(megatron: Megatron, dense: Run) -> None:
+    plain = megatron.train(tiny("--num-layers", 4, "--spectral-mup-init"))
+    assert plain.losses == dense.losses
+    assert not recorded(plain)
+
+
+def test_recomputed_activations_and_tied_embeddings(megatron: Megatron, dense: Run) -> None:
+    recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
+    recompute += ["--recompute-num-layers", "1"]
+    run = megatron.train(tiny("--num-layers", 4, "--spectral-mup-init", *EVERY, *recompute))
+    assert_same(run, dense)
+    argv = tiny(*EVERY)
+    argv.remove("--untie-embeddings-and-output-weights")
+    (rows, _) = recorded(megatron.train(argv)).values()
+    assert rows["embedding.word_embeddings.weight"]["stable_rank"] is None
+    assert rows["embedding.word_embeddings.weight"]["gain"] is None
+    assert rows["embedding.word_embeddings.weight"]["nuclear_rank"] > 1
+
+
+def test_table_and_picture(dense: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (dense.folder / "criterion.png").stat().st_size > 10_000
+    assert "spectral criterion, medians of 2 iterations from 2 to 4" in dense.log
+    files = ["--json", str(tmp_path / "c.json"), "--picture", str(tmp_path / "c.png")]
+    assert main(["criterion", str(dense.folder), *files]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("mlp.linear_fc2 ")]
+    cells, _ = criterion_report.read(dense.folder)
+    some = [cell for cell in cells if cell.module == "mlp.linear_fc2"]
+    assert [cell.layer for cell in some] == [0, 1, 2, 3]
+    assert line.split()[1] == "0-3"
+    assert line.endswith(criterion_report.verdict(some))
+    record = json.loads((tmp_path / "c.json").read_text())
+    assert record["iterations"] == [2, 4]
+    assert len(record["modules"]) == len(cells)
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+    assert main(["criterion", str(dense.folder), "--by-layer", "--since", "4"]) == 0
+    assert "iteration 4" in capsys.readouterr().out
+
+
+def test_verdicts() -> None:
+    def cells(*gains: float | None) -> list[criterion_report.Cell]:
+        return [criterion_report.Cell("m", i, 1.0, 1.0, gain) for i, gain in enumerate(gains)]
+
+    assert criterion_report.verdict(cells(1.5, 2.0)) == "helps"
+    assert criterion_report.verdict(cells(0.5, 0.9)) == "does not help"
+    assert criterion_report.verdict(cells(0.5, 1.0, 3.0)) == "helps in 2 of 3 layers"
+    assert criterion_report.verdict(cells(None)) == "not known"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--log-spectral-criterion", 0], "--log-spectral-criterion 0 must be at least 1"),
+        (["--log-spectral-criterion", 5], "name one with --spectral-run-dir"),
+    ],
+)
+def test_bad_flags(megatron: Megatron, flags: list[object], message: str) -> None:
+    run = megatron.run(tiny(*flags), fails=True)
+    assert run.codes == [2]
+    assert message in run.log
+
+
+def test_no_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["criterion", str(tmp_path)]) == 2
+    assert "metrics.jsonl" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2.0}\n')
+    assert main(["criterion", str(tmp_path)]) == 2
+    assert "train with --log-spectral-criterion N" in capsys.readouterr().err
