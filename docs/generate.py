@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sso_megatron.optimizers import config
+from sso_megatron.optimizers.settings import choices_of
 
 DOCS = Path(__file__).resolve().parent
 _MARKED = re.compile(r"(<!-- settings:(\w+) -->\n).*?(<!-- /settings -->)", re.DOTALL)
@@ -25,7 +26,7 @@ def table(config_type: Any) -> str:
     lines = ["| setting | default | meaning | source |", "|---|---|---|---|"]
     for field in dataclasses.fields(config_type):
         default = _shown(field.default)
-        choices = config.choices_of(config_type, field.name)
+        choices = choices_of(config_type, field.name)
         others = [f"`{choice}`" for choice in choices if choice != field.default]
         shown = f"`{default}`" + (f"; or {', '.join(others)}" if others else "")
         source = field.metadata["source"] or "ours"

@@ -136,7 +136,7 @@ def test_table_and_picture(dense: Run, tmp_path: Path, capsys: pytest.CaptureFix
     some = [cell for cell in cells if cell.module == "mlp.linear_fc2"]
     assert [cell.layer for cell in some] == [0, 1, 2, 3]
     assert line.split()[1] == "0-3"
-    assert line.endswith(criterion_report.verdict(some))
+    assert line.rstrip().endswith(criterion_report.verdict(some))
     record = json.loads((tmp_path / "c.json").read_text())
     assert record["iterations"] == [2, 4]
     assert len(record["modules"]) == len(cells)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import pytest
 
-from sso_megatron.optimizers.config import setting
+from sso_megatron.optimizers.settings import setting
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -12,7 +12,8 @@ from torch.multiprocessing.spawn import ProcessException
 from sso_megatron.cli import bench_report
 from sso_megatron.cli.bench_measure import Settings, bytes_needed, measure
 from sso_megatron.cli.bench_models import MODELS
-from sso_megatron.optimizers.config import SpectralConfig, SSOConfig, choices_of, default_of
+from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
+from sso_megatron.optimizers.settings import choices_of, default_of
 
 OPTIMIZERS = (
     *("adamw", "muon", "muon_sphere", "sso_tracking", "sso_bisection"),

@@ -14,7 +14,8 @@ from sso_megatron.mcore import compat, cpu, model_building
 from sso_megatron.mcore.kinds import CONFIGS, OPTIMIZERS, flag_fields, flags_of, from_schedule
 from sso_megatron.mcore.refusals import check_criterion, check_request, refuse_idle_flags
 from sso_megatron.mcore.registration import register
-from sso_megatron.optimizers.config import SpectralConfig, choices_of
+from sso_megatron.optimizers.config import SpectralConfig
+from sso_megatron.optimizers.settings import choices_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -110,6 +110,7 @@ def print_table(
         title=f"spectral criterion, medians of {when}",
         title_justify="left",
         box=box.SIMPLE if console.is_terminal else None,
+        pad_edge=False,
     )
     table.add_column("module", no_wrap=True)
     for column in ("layer", "nuclear rank of G", "stable rank of A", "gain", "least", "most"):

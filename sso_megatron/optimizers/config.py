@@ -3,45 +3,12 @@
 Command-line flags and the tables in the documentation are generated from these dataclasses.
 """
 
-import dataclasses
 import math
-import typing
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from sso_megatron.linalg.coefficients import coefficient_types
-
-
-def setting(default: Any, help: str, source: str = "") -> Any:
-    """A dataclass field with what its flag's help and the documentation say about it."""
-    return field(default=default, metadata={"help": help, "source": source})
-
-
-def require(config: Any, name: str, ok: bool, rule: str) -> None:
-    """Raise ValueError with the setting's name, its value, the rule and the default unless ``ok``."""
-    if not ok:
-        raise ValueError(
-            f"{name}={getattr(config, name)!r} {rule}; the default is {default_of(type(config), name)!r}"
-        )
-
-
-def default_of(config_type: type, name: str) -> Any:
-    """The default of one field of a configuration dataclass."""
-    return next(f.default for f in dataclasses.fields(config_type) if f.name == name)
-
-
-def choices_of(config_type: type, name: str) -> tuple[Any, ...]:
-    """The values that a ``Literal`` field may take; empty for another field."""
-    hint = typing.get_type_hints(config_type)[name]
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-
-
-def _check_choices(config: Any) -> None:
-    for f in dataclasses.fields(config):
-        choices = choices_of(type(config), f.name)
-        if choices:
-            listed = ", ".join(map(str, choices))
-            require(config, f.name, getattr(config, f.name) in choices, f"must be one of {listed}")
+from sso_megatron.optimizers.settings import check_choices, check_positive, require, setting
 
 
 @dataclass(frozen=True)
@@ -90,9 +57,8 @@ class SpectralConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        is_positive = 0 < self.flops_per_byte < math.inf
-        require(self, "flops_per_byte", is_positive, "must be positive and finite")
+        check_choices(self)
+        check_positive(self, "flops_per_byte")
         require(self, "workspace_mib", self.workspace_mib >= 1, "must be at least 1")
 
 
@@ -160,12 +126,10 @@ class SSOConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         require(self, "momentum", 0 <= self.momentum < 1, "must lie in [0, 1)")
-        for name in ("radius_scaler", "retract_alpha", "solver_tolerance"):
-            is_positive = 0 < getattr(self, name) < math.inf
-            require(self, name, is_positive, "must be positive and finite")
-        for name in _COUNTS:
+        check_positive(self, "radius_scaler", "retract_alpha", "solver_tolerance")
+        for name in ("solver_max_iterations", "msign_steps", "power_block", "power_degree"):
             require(self, name, getattr(self, name) >= 1, "must be at least 1")
         # A single trial a step never sees the slope that the next start is reckoned with.
         require(self, "solver_trials", self.solver_trials >= 2, "must be at least 2")
@@ -199,11 +163,11 @@ class SpectraConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         require(self, "momentum", 0 <= self.momentum < 1, "must lie in [0, 1)")
         require(self, "rank_ratio", 0 < self.rank_ratio < 1, "must lie in (0, 1)")
         require(self, "power_iterations", self.power_iterations >= 1, "must be at least 1")
-        _check_positive(self, "update_rms", "eps")
+        check_positive(self, "update_rms", "eps")
         require(self, "weight_decay", self.weight_decay >= 0, "must not be negative")
 
 
@@ -222,7 +186,7 @@ class SpectralAdamConfig:
     weight_decay: float = setting(0.1, "decoupled weight decay of the matrices", "paper")
 
     def __post_init__(self) -> None:
-        _check_positive(self, "high_threshold", "low_threshold", "eps")
+        check_positive(self, "high_threshold", "low_threshold", "eps")
         is_ordered = self.low_threshold < self.high_threshold
         require(
             self, "low_threshold", is_ordered, f"must be less than high_threshold={self.high_threshold}"
@@ -231,31 +195,6 @@ class SpectralAdamConfig:
         for name in ("beta1", "beta2"):
             require(self, name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
         require(self, "weight_decay", self.weight_decay >= 0, "must not be negative")
-
-
-def _check_positive(config: Any, *names: str) -> None:
-    for name in names:
-        is_positive = 0 < getattr(config, name) < math.inf
-        require(config, name, is_positive, "must be positive and finite")
-
-
-def one_config[C](config_type: type[C], config: C | None, settings: dict[str, Any]) -> C:
-    """The configuration given as an object, or made from settings by name.
-
-    Raises:
-        TypeError: both were given, or a setting does not exist.
-    """
-    if config is not None and settings:
-        raise TypeError(f"give config or {', '.join(settings)}, not both")
-    return config if config is not None else config_type(**settings)
-
-
-_COUNTS = (
-    "solver_max_iterations",
-    "msign_steps",
-    "power_block",
-    "power_degree",
-)
 
 
 @dataclass(frozen=True)
@@ -314,8 +253,8 @@ class SpectralClipConfig:
     weight_decay: float = setting(0.1, "decoupled weight decay of the matrices; vectors have none", "paper")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        require(self, "c", 0 < self.c < math.inf, "must be positive and finite")
+        check_choices(self)
+        check_positive(self, "c")
         for name in ("beta1", "beta2", "momentum", "ademamix_beta2", "ademamix_beta3"):
             require(self, name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
         for name in ("eps", "lr_peak", "pre_clip_c", "ademamix_alpha", "weight_decay"):

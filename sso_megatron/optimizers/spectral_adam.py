@@ -7,9 +7,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sso_megatron.linalg.block_iteration import find_block
-from sso_megatron.optimizers.base import FindLayout, MatrixState, SpectralOptimizer
+from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.batches import MatrixBatch, Member
-from sso_megatron.optimizers.config import SpectralAdamConfig, SpectralConfig, one_config
+from sso_megatron.optimizers.config import SpectralAdamConfig, SpectralConfig
+from sso_megatron.optimizers.matrix_optimizer import FindLayout, MatrixState
+from sso_megatron.optimizers.settings import one_config
 from sso_megatron.parallel.cost import PolarWork, thin_summed_bytes
 from sso_megatron.parallel.shards import Cut, copy_all_
 from sso_megatron.updates.spectral_adam import SpectralAdamCache, SpectralAdamRule, spectral_adam_step_

@@ -12,9 +12,11 @@ from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.linalg.spectral_clip import spectral_clip
 from sso_megatron.matrices.layout import ParameterLayout
 from sso_megatron.matrices.scaling import update_scale
-from sso_megatron.optimizers.base import FindLayout, MatrixState, SpectralOptimizer
+from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.batches import MatrixBatch, Member
-from sso_megatron.optimizers.config import SpectralClipConfig, SpectralConfig, one_config
+from sso_megatron.optimizers.config import SpectralClipConfig, SpectralConfig
+from sso_megatron.optimizers.matrix_optimizer import FindLayout, MatrixState
+from sso_megatron.optimizers.settings import one_config
 from sso_megatron.parallel.cost import PolarWork
 from sso_megatron.parallel.shards import norms_of
 from sso_megatron.updates.bases import AdamW, AdEMAMix, Base, Numbers, Signum, States

@@ -11,9 +11,11 @@ from torch.optim.optimizer import ParamsT
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.linalg.symmetric import Products, load_kernel
 from sso_megatron.matrices.scaling import target_radius, update_scale
-from sso_megatron.optimizers.base import FindLayout, MatrixState, SpectralOptimizer
+from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.batches import MatrixBatch
-from sso_megatron.optimizers.config import SpectralConfig, SSOConfig, one_config
+from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
+from sso_megatron.optimizers.matrix_optimizer import FindLayout, MatrixState
+from sso_megatron.optimizers.settings import one_config
 from sso_megatron.parallel.cost import PolarWork
 from sso_megatron.parallel.shards import copy_all_
 from sso_megatron.updates.sso import (
