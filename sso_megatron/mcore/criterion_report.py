@@ -113,7 +113,7 @@ def print_table(
         pad_edge=False,
     )
     table.add_column("module", no_wrap=True)
-    for column in ("layer", "nuclear rank of G", "stable rank of A", "gain", "least", "most"):
+    for column in ("layer", "nr(G)", "st(A)", "gain", "least", "most"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("a spectral update", no_wrap=True)
     for module, all_cells in modules(cells).items():
