@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 def everything(model: Any, optimizer: Any) -> dict[str, Any]:
     """Weights, masters, moments, counters and what is kept of each matrix, on this rank."""
-    found: dict[str, Any] = {"weights": {}, "held": {}, "spectral": {}}
+    found: dict[str, Any] = {"weights": {}, "held": {}, "spectral": {}, "ours": {}}
     for index, chunk in enumerate(model):
         for name, value in chunk.state_dict().items():
             if isinstance(value, torch.Tensor):
@@ -34,6 +34,7 @@ def everything(model: Any, optimizer: Any) -> dict[str, Any]:
             found["held"][f"{i}.{j}"] = settings
     for spectral in spectral_optimizers(optimizer):
         found["spectral"] |= spectral.spectral_state()
+        found["ours"] |= {name: True for kept in spectral.state.values() for name in kept}
     return found
 
 

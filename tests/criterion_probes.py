@@ -1,5 +1,6 @@
 """What the criterion looks at, captured whole and by other means, in one process."""
 
+import itertools
 from typing import Any
 
 import probes
@@ -43,6 +44,26 @@ def capture() -> None:
             return step()
 
         optimizer.step = step_captured
+
+    probes.around_train(before, None)
+
+
+def spoil() -> None:
+    """One NaN in what a layer puts out in the second iteration."""
+
+    def before(model: Any, optimizer: Any) -> None:
+        calls = itertools.count(1)
+
+        def hook(module: Any, args: Any, out: Any) -> Any:
+            first, *rest = out
+            if next(calls) == 3:  # two microbatches an iteration
+                first = first.clone()
+                first.view(-1)[0] = torch.nan
+            return (first, *rest)
+
+        (chunk,) = model
+        module = next(m for name, m in chunk.named_modules() if name.endswith("layers.0.mlp.linear_fc1"))
+        module.register_forward_hook(hook)
 
     probes.around_train(before, None)
 

@@ -15,6 +15,7 @@ from sso_megatron.matrices.layout import ParameterLayout, Split, gate_up_splits,
 from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.config import SpectralConfig
 from sso_megatron.parallel.cost import PolarWork
+from sso_megatron.parallel.shards import Cut
 
 
 class Descent(SpectralOptimizer):
@@ -33,8 +34,8 @@ class Descent(SpectralOptimizer):
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         return 2 * shape[0] * shape[1] * dtype.itemsize
 
-    def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
-        return 2 * rows * columns * dtype.itemsize
+    def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
+        return 2 * max(cut.lengths) * cut.shape[1 - cut.dim] * dtype.itemsize
 
 
 def shard(kind: str, value: torch.Tensor, rank: int, size: int) -> torch.Tensor:

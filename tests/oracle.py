@@ -170,7 +170,7 @@ class ClippedOptimizer:
         self.W, self.base, self.count = W, base, 0
         self.settings = {
             "beta1": 0.9, "beta2": 0.95 if base == "adamw" else 0.999, "beta3": 0.999, "alpha": 8.0,
-            "warmup": 50, "eps": 1e-8, "momentum": 0.95, "weight_decay": 0.1,
+            "warmup": 50, "eps": 1e-8, "momentum": 0.95, "nesterov": True, "weight_decay": 0.1,
         } | settings  # fmt: skip
         self.fast, self.slow, self.square = (np.zeros_like(W) for _ in range(3))
 
@@ -179,7 +179,8 @@ class ClippedOptimizer:
         self.count += 1
         if self.base == "signum":
             self.fast = s["momentum"] * self.fast + (1 - s["momentum"]) * G
-            return np.sign((1 - s["momentum"]) * G + s["momentum"] * self.fast)
+            ahead = (1 - s["momentum"]) * G + s["momentum"] * self.fast
+            return np.sign(ahead if s["nesterov"] else self.fast)
         self.fast = s["beta1"] * self.fast + (1 - s["beta1"]) * G
         self.square = s["beta2"] * self.square + (1 - s["beta2"]) * G**2
         mean = self.fast / (1 - s["beta1"] ** self.count)

@@ -89,6 +89,8 @@ def train() -> None:
             for name, param in params.items():
                 param.grad = None if name in without else gradients[name][i].clone()
             seen.next_step()
+            if isinstance(optimizer, sso_megatron.SpectralClip):
+                optimizer.pre_clip_()
             optimizer.step()
     save("collectives", seen.steps)
     save("modes", {member.name: batch.mode for batch in optimizer.batches for member in batch.members})

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MOE, Megatron, Run, expert_by_itself, tiny
-from test_every_layout import DENSE_LAYOUTS, MOE_LAYOUTS
+from test_every_layout import DENSE_LAYOUTS, DIST, MOE_LAYOUTS, PP2, VPP2
 from torch import Tensor
 
 from sso_megatron.cli.main import main
 from sso_megatron.mcore import criterion_report
 
 EVERY = ["--log-spectral-criterion", 2]
+DIST_OVERLAP = [DIST, "--overlap-grad-reduce", "--overlap-param-gather"]
+LAYOUTS = {"virtual": (4, 1, [*PP2, *VPP2, *DIST_OVERLAP, "--micro-batch-size", 1])}
 # Heads of the tiny model: two query groups of two queries, a key and a value, 16 rows each.
 KINDS = {"q": [0, 1, 4, 5], "k": [2, 6], "v": [3, 7]}
 
@@ -79,7 +81,7 @@ def assert_same(run: Run, reference: Run) -> None:
                 worst[key] = max(worst[key], error)
     print(worst)
     assert worst["nuclear_rank"] <= 1e-3
-    assert worst["stable_rank"] <= 1e-2
+    assert worst["stable_rank"] <= 2e-2
     assert run.losses == pytest.approx(reference.losses, rel=1e-4)
 
 
@@ -88,9 +90,9 @@ def dense(megatron: Megatron) -> Run:
     return megatron.train(tiny("--num-layers", 4, "--spectral-mup-init", *EVERY))
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2-sp", "pp2", "cp2", "dp2-dist", "tp2-pp2-dp2-dist"])
+@pytest.mark.parametrize("layout", ["tp2", "tp2-sp", "cp2", "dp2-dist", "tp2-pp2-dp2-dist", "virtual"])
 def test_dense_layouts(megatron: Megatron, dense: Run, layout: str) -> None:
-    ranks, tp, flags = DENSE_LAYOUTS[layout]
+    ranks, tp, flags = (LAYOUTS | DENSE_LAYOUTS)[layout]
     argv = tiny("--num-layers", 4, "--spectral-mup-init", *EVERY, *flags, tp=tp)
     assert_same(megatron.train(argv, ranks), dense)
 
@@ -106,10 +108,23 @@ def test_moe_layouts(megatron: Megatron, moe: Run, layout: str) -> None:
     assert_same(megatron.train(tiny(*MOE, "--spectral-mup-init", *EVERY, *flags, tp=tp), ranks), moe)
 
 
-def test_a_run_is_the_same_with_and_without(megatron: Megatron, dense: Run) -> None:
-    plain = megatron.train(tiny("--num-layers", 4, "--spectral-mup-init"))
-    assert plain.losses == dense.losses
-    assert not recorded(plain)
+@pytest.mark.parametrize("optimizer", ["sso", "adam"])
+def test_a_run_is_the_same_with_and_without(megatron: Megatron, optimizer: str) -> None:
+    """Sharded gradients too, which the criterion puts together in place."""
+    argv = tiny(*DIST_OVERLAP, "--bf16", "--train-iters", 6, optimizer=optimizer)
+    plain, measured = (megatron.train([*argv, *map(str, flags)], 2) for flags in ([], EVERY))
+    assert plain.losses == measured.losses
+    assert recorded(measured) and not recorded(plain)
+
+
+def test_a_spoilt_step_is_skipped_all_the_same(megatron: Megatron) -> None:
+    argv = tiny(*EVERY, "--no-check-for-nan-in-loss-and-grad")
+    run = megatron.train(argv, calls=("criterion_probes:spoil",))
+    assert run.log.count("this step is skipped") == 1
+    spoilt, sound = recorded(run).values()
+    after = spoilt["decoder.layers.1.self_attention.linear_qkv.weight.q"]
+    assert after == {"nuclear_rank": None, "stable_rank": None, "gain": None}
+    assert all(values["gain"] > 0 for values in sound.values())
 
 
 def test_recomputed_activations_and_tied_embeddings(megatron: Megatron, dense: Run) -> None:
@@ -120,6 +135,8 @@ def test_recomputed_activations_and_tied_embeddings(megatron: Megatron, dense: R
     argv = tiny(*EVERY)
     argv.remove("--untie-embeddings-and-output-weights")
     (rows, _) = recorded(megatron.train(argv)).values()
+    (staged, _) = recorded(megatron.train([*argv, *map(str, PP2)], 2)).values()
+    assert staged.keys() == rows.keys()
     assert rows["embedding.word_embeddings.weight"]["stable_rank"] is None
     assert rows["embedding.word_embeddings.weight"]["gain"] is None
     assert rows["embedding.word_embeddings.weight"]["nuclear_rank"] > 1
@@ -145,6 +162,37 @@ def test_table_and_picture(dense: Run, tmp_path: Path, capsys: pytest.CaptureFix
     assert "iteration 4" in capsys.readouterr().out
 
 
+def test_a_table_of_a_run_that_was_killed_and_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line that was not finished is named; of an iteration that was done twice the second counts."""
+
+    def line(iteration: int, gain: float) -> str:
+        found = {"output_layer.weight": {"nuclear_rank": gain, "stable_rank": 1.0, "gain": gain}}
+        return json.dumps({"iteration": iteration, "loss": 1.0, "criterion": found})
+
+    text = [line(2, 1.0), line(4, 9.0), '{"iteration": 5, "lo', line(4, 3.0)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(text) + "\n")
+    (cell,), iterations = criterion_report.read(tmp_path)
+    assert iterations == [2, 4] and cell.gain == 2.0
+    assert "metrics.jsonl, line 3 is not whole, and is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["nothing trained", "no picture"])
+def test_a_report_that_fails_does_not_end_the_run(megatron: Megatron, tmp_path: Path, what: str) -> None:
+    folder, flags = tmp_path / "run", ["--skip-train"] if what == "nothing trained" else []
+    if what == "no picture":
+        (folder / "criterion.png").mkdir(parents=True)
+    run = megatron.run(tiny(*EVERY, *flags, "--eval-iters", 1, "--spectral-run-dir", folder))
+    assert "the criterion is not shown" in run.log
+    assert (folder / "summary.json").exists()
+
+
+def test_rows_follow_the_splits(megatron: Megatron) -> None:
+    argv = tiny(*EVERY, "--spectral-qkv-split", "whole", optimizer="adam")
+    assert "decoder.layers.0.self_attention.linear_qkv.weight" in recorded(megatron.train(argv))[2]
+
+
 def test_verdicts() -> None:
     def cells(*gains: float | None) -> list[criterion_report.Cell]:
         return [criterion_report.Cell("m", i, 1.0, 1.0, gain) for i, gain in enumerate(gains)]
@@ -160,6 +208,11 @@ def test_verdicts() -> None:
     [
         (["--log-spectral-criterion", 0], "--log-spectral-criterion 0 must be at least 1"),
         (["--log-spectral-criterion", 5], "name one with --spectral-run-dir"),
+        (
+            [*EVERY, "--spectral-run-dir", ".", "--cuda-graph-impl", "local"],
+            "--cuda-graph-impl local: a replayed forward pass cannot be looked at",
+        ),
+        ([*EVERY, "--spectral-run-dir", ".", "--use-torch-fsdp2"], "gradients are not whole on any rank"),
     ],
 )
 def test_bad_flags(megatron: Megatron, flags: list[object], message: str) -> None:

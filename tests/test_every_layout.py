@@ -7,7 +7,7 @@ Losses of every iteration agree with the one-rank run to 1e-4, final weights of 
 
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,16 @@ class Model:
     def __init__(self, megatron: Megatron, flags: list[object]) -> None:
         self.megatron, self.flags = megatron, flags
         self.reference = self._train([], 1, 1, "sso", ("rehearsal_probes:save_initial_checkpoint",))
+        self._others: dict[str, Run] = {}
+
+    def trained_with(self, optimizer: str) -> Run:
+        """One rank's run with an optimizer."""
+        if optimizer == "sso":
+            return self.reference
+        if optimizer not in self._others:
+            flags = FAMILY.get(optimizer, [])
+            self._others[optimizer] = self.train(flags=flags, optimizer=optimizer)
+        return self._others[optimizer]
 
     def train(
         self,
@@ -121,19 +131,54 @@ def assert_stored_on_the_sphere(run: Run) -> None:
         assert abs(after - radius) <= 1e-3 * radius, name
 
 
-@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
-def test_dense(dense: Model, layout: str) -> None:
-    run = dense.train(*DENSE_LAYOUTS[layout])
-    assert_same_run(run, dense.reference)
-    assert_stored_on_the_sphere(run)
-    assert run.losses[-1] < 0.99 * run.losses[0], "it trains"
+def cases(layouts: Iterable[str], some: Iterable[str]) -> list[tuple[str, str]]:
+    """Every layout with SSO, with thin products and with one that takes everything; some with others."""
+    whole = [(layout, name) for name in ("sso", "spectra", "spectra_clip_adamw") for layout in layouts]
+    others = {"muon_sphere", *FAMILY} - {name for _, name in whole}
+    return whole + [(layout, name) for name in sorted(others) for layout in some]
 
 
-@pytest.mark.parametrize("layout", MOE_LAYOUTS)
-def test_moe(moe: Model, layout: str) -> None:
-    run = moe.train(*MOE_LAYOUTS[layout])
-    assert_same_run(run, moe.reference)
-    assert_stored_on_the_sphere(run)
+def assert_same_training(model: Model, layout: tuple[int, int, list[object]], optimizer: str) -> None:
+    ranks, tp, flags = layout
+    reference = model.trained_with(optimizer)
+    run = model.train(ranks, tp, [*flags, *FAMILY.get(optimizer, [])], optimizer)
+    assert_same_run(run, reference)
+    assert run.losses[-1] < run.losses[0], "it trains"
+    if optimizer in ("sso", "muon_sphere"):
+        assert_stored_on_the_sphere(run)
+    if optimizer == "spectra_clip_signum":  # it moves weights little: the moves themselves are compared
+        assert_same_moves(run, reference)
+    norms = [grad_norms(some) for some in (run, reference, model.reference)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    if "--spectra-clip-pre-clip-c" in FAMILY.get(optimizer, []):
+        # The learning rate of the first step is 0, and c above every gradient.
+        assert norms[0][0] == pytest.approx(norms[2][0], rel=1e-3)
+        assert all(clipped < 0.9 * norm for clipped, norm in zip(norms[0][1:], norms[2][1:], strict=True))
+
+
+def grad_norms(run: Run) -> list[float]:
+    """Of the whole model, as Megatron logs them."""
+    return [float(norm) for norm in re.findall(r"grad norm: (\S+)", run.log)]
+
+
+def assert_same_moves(run: Run, reference: Run) -> None:
+    initial, found, wanted = (
+        {expert_by_itself(name): weight for name, weight in some.items()}
+        for some in (run.merged("initial"), run.merged("final"), reference.merged("final"))
+    )
+    for name, start in initial.items():
+        apart, moved = (torch.linalg.norm(w - wanted[name]).item() for w in (found[name], start))
+        assert apart <= 2e-2 * moved, (name, apart / moved)
+
+
+@pytest.mark.parametrize(("layout", "optimizer"), cases(DENSE_LAYOUTS, ["tp2-sp", "pp2", "dp2-dist"]))
+def test_dense(dense: Model, layout: str, optimizer: str) -> None:
+    assert_same_training(dense, DENSE_LAYOUTS[layout], optimizer)
+
+
+@pytest.mark.parametrize(("layout", "optimizer"), cases(MOE_LAYOUTS, ["tp2-ep2-etp2", "ep2-dist"]))
+def test_moe(moe: Model, layout: str, optimizer: str) -> None:
+    assert_same_training(moe, MOE_LAYOUTS[layout], optimizer)
 
 
 # Other fused weights: model, then a layout that cuts them.
@@ -196,29 +241,6 @@ def test_the_support_matrix_is_what_is_tested() -> None:
     table = page[page.index("<!-- matrix -->") : page.index("<!-- /matrix -->")]
     first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert set(re.findall(r"`([^`]+)`", " ".join(first_cells))) == {*DENSE_LAYOUTS, *MOE_LAYOUTS}
-
-
-def test_muon_sphere(dense: Model) -> None:
-    reference = dense.train(optimizer="muon_sphere")
-    for layout in ("tp2", "dp2-dist", "tp2-pp2-dp2-dist"):
-        assert_same_run(dense.train(*DENSE_LAYOUTS[layout], optimizer="muon_sphere"), reference)
-
-
-@pytest.mark.parametrize("optimizer", FAMILY)
-def test_the_family_dense(dense: Model, optimizer: str) -> None:
-    reference = dense.train(flags=FAMILY[optimizer], optimizer=optimizer)
-    assert reference.losses[-1] < reference.losses[0]
-    for layout in ("tp2-sp", "pp2", "dp2-dist"):
-        ranks, tp, flags = DENSE_LAYOUTS[layout]
-        assert_same_run(dense.train(ranks, tp, [*flags, *FAMILY[optimizer]], optimizer), reference)
-
-
-@pytest.mark.parametrize("optimizer", FAMILY)
-def test_the_family_moe(moe: Model, optimizer: str) -> None:
-    reference = moe.train(flags=FAMILY[optimizer], optimizer=optimizer)
-    for layout in ("tp2-ep2-etp2", "ep2-dist"):
-        ranks, tp, flags = MOE_LAYOUTS[layout]
-        assert_same_run(moe.train(ranks, tp, [*flags, *FAMILY[optimizer]], optimizer), reference)
 
 
 def test_vectors_that_are_cut_have_one_norm(megatron: Megatron) -> None:

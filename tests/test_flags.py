@@ -160,7 +160,9 @@ SCHEDULES = [
     ({"train_iters": 100, "lr_warmup_fraction": 0.05}, (100, 5)),
     ({"train_iters": 100, "lr_decay_iters": 60, "lr_warmup_fraction": 0.1}, (100, 6)),
     ({"train_samples": 800, "lr_warmup_samples": 80}, (200, 20)),
+    ({"train_samples": 800, "lr_warmup_samples": 80, "global_batch_size": None}, (100, 10)),
     ({"train_iters": 5, "lr_warmup_iters": 10}, (5, 5)),
+    ({"train_iters": 50, "lr_warmup_iters": 5, "rampup_batch_size": [2, 2, 8]}, (50, 5)),
     ({"train_iters": 100, "lr_warmup_iters": 10, "spectra_clip_train_steps": 90}, (None, 10)),
 ]
 
@@ -170,7 +172,10 @@ def test_schedule_of_the_run(given: dict[str, Any], wanted: tuple[int | None, in
     names = ("train_iters", "train_samples", "lr_decay_iters", "lr_decay_samples", "lr_warmup_fraction")
     unset = dict.fromkeys(names) | {"lr_warmup_iters": 0, "lr_warmup_samples": 0, "global_batch_size": 4}
     ours = {"spectra_clip_train_steps": 0, "spectra_clip_c_warmup_steps": 0}
-    args = argparse.Namespace(**(unset | ours | given))
+    layout = {"world_size": 16, "micro_batch_size": 2, "rampup_batch_size": None}
+    layout |= {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    layout |= {"context_parallel_size": 1, "step_batch_size_schedule": None}
+    args = argparse.Namespace(**(unset | ours | layout | given))
     found = from_schedule(OPTIMIZERS["spectra_clip_adamw"], args)
     assert (found.get("train_steps"), found["c_warmup_steps"]) == wanted
     assert from_schedule(OPTIMIZERS["spectra"], args) == {}
@@ -314,11 +319,19 @@ ERRORS = [
     ),
     (
         ["--optimizer", "spectra_clip_adamw", "--spectra-clip-c-final", "0.5"],
-        "--spectra-clip-c-final has an effect only with --spectra-clip-c-decay; leave it out, or give that",
+        "--spectra-clip-c-final 0.5 has an effect only with c_decay; the default is 0.0",
     ),
     (
         ["--optimizer", "spectra_clip_adamw", "--spectra-clip-c", "0"],
-        "--spectra-clip-c 0.0 must be positive and finite; the default is 10.0",
+        "--spectra-clip-c 0.0 must lie in [1e-6, 1e9]; the default is 10.0",
+    ),
+    (
+        [
+            *("--optimizer", "spectra_clip_adamw", "--rampup-batch-size", "2", "2", "8"),
+            *("--train-samples", "16", "--spectra-clip-c-warmup-steps", "1"),
+        ],
+        "--train-samples with --rampup-batch-size: does not tell the number of steps, which --optimizer "
+        "spectra_clip_adamw goes by; give --spectra-clip-train-steps (1 for",
     ),
     (
         ["--optimizer", "spectra", "--spectral-mup-init"],
@@ -354,6 +367,17 @@ def test_what_argparse_refuses(megatron: Megatron, flags) -> None:  # type: igno
     assert run.codes == [2]
     assert "error: " in run.log.splitlines()[-1] and flags[0] in run.log.splitlines()[-1]
     assert not (run.folder / "process_group_was_made").exists()
+
+
+def test_flags_of_an_adamw_that_gets_nothing_are_named(megatron: Megatron) -> None:
+    argv = tiny("--adam-beta2", 0.9, "--weight-decay", 0.3, optimizer="spectra_clip_adamw")
+    line = (
+        "sso_megatron: --adam-beta2 0.9 --weight-decay 0.3: not read, since --optimizer spectra_clip_adamw"
+    )
+    assert megatron.run(argv, 2).log.count(line) == 1
+    for others in (["--spectral-exclude", "embedding"], ["--optimizer", "spectra"]):
+        assert "not read" not in megatron.run([*argv, *others]).log
+    assert "not read" not in megatron.run(tiny(optimizer="spectra_clip_adamw")).log
 
 
 def test_every_embedding_goes_to_adamw(megatron: Megatron) -> None:

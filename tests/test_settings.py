@@ -32,7 +32,7 @@ from sso_megatron import SSO, MuonSphere, SSOConfig
         ({"msign_steps": 0}, "msign_steps=0 must be at least 1; the default is 8"),
         ({"coefficient_type": "cubic"}, "coefficient_type='cubic' must be one of .*polar_express"),
         ({"power_block": 0}, "power_block=0 must be at least 1"),
-        ({"weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be finite and not negative"),
         ({"lr": -1.0}, "lr=-1.0 must not be negative"),
         ({"lr": "0.1"}, "lr='0.1' must be a float"),
         ({"lr": torch.tensor(-1.0)}, r"lr=tensor\(-1.\) must not be negative"),

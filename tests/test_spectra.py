@@ -359,7 +359,7 @@ def test_settings_are_checked() -> None:
             {"momentum_dtype": "fp8"},
             "momentum_dtype='fp8' must be one of fp32, bf16; the default",
         ),
-        ({"weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be finite and not negative"),
     ):
         with pytest.raises(ValueError, match=message):
             Spectra([torch.nn.Parameter(torch.randn(4, 4))], **settings)

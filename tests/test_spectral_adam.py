@@ -122,6 +122,17 @@ def test_zeros_from_the_start() -> None:
     assert torch.isfinite(param).all() and optimizer.batches[0].stats.divided.all()
 
 
+def test_a_norm_that_is_lost_is_no_jump() -> None:
+    param = torch.nn.Parameter(torch.ones(5, 8))
+    optimizer = SpectralAdam([param])
+    for number in range(4):
+        param.grad = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+        if number == 2:
+            optimizer.reset_caches()
+        optimizer.step()
+        assert bool(optimizer.batches[0].stats.divided) == (number == 0)
+
+
 @pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1), (2, 30)])
 def test_vectors_are_matrices_too(shape) -> None:  # type: ignore[no-untyped-def]
     param = torch.nn.Parameter(torch.zeros(shape))
@@ -163,9 +174,11 @@ def test_settings_are_checked() -> None:
         ),
         ({"high_threshold": 0.0}, "high_threshold=0.0 must be positive and finite; the default is 1.5"),
         ({"period": 0}, "period=0 must be at least 1; the default is 50"),
+        ({"period": 2.5}, "period=2.5 must be an integer; the default is 50"),
+        ({"weight_decay": float("inf")}, "weight_decay=inf must be finite and not negative"),
         ({"beta1": 1.0}, r"beta1=1.0 must lie in \[0, 1\); the default is 0.9"),
         ({"eps": 0.0}, "eps=0.0 must be positive and finite; the default is 1e-08"),
-        ({"weight_decay": -1.0}, "weight_decay=-1.0 must not be negative; the default is 0.1"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 must be finite and not negative; the default"),
     ):
         with pytest.raises(ValueError, match=message):
             SpectralAdam([torch.nn.Parameter(torch.randn(4, 4))], **settings)

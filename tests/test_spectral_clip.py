@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import oracle
-import parallel_probes
 import pytest
 import torch
 from conftest import Megatron
@@ -178,8 +177,8 @@ def test_cut_matrices_follow_whole_ones(megatron: Megatron, mode: str, base: str
     """Two ranks and one, over Gloo: weights, and gradients clipped before."""
     settings = {"base": base, "c": 3.0, "train_steps": 6, "c_warmup_steps": 2, "pre_clip_c": 0.5}
     task = {"matrices": MATRICES, "mode": mode, "steps": 6, "gradients": "decaying", "settings": settings}
-    task |= {"lrs": [0.02, 0.05]}
-    main = "test_spectral_clip:train_clipped"
+    task |= {"lrs": [0.02, 0.05], "optimizer": "SpectralClip"}
+    main = "parallel_probes:train"
     one, two = (megatron.run([json.dumps(task)], ranks, main=main) for ranks in (1, 2))
     final, wanted = two.merged("final"), one.merged("final")
     assert final.keys() == wanted.keys()
@@ -197,22 +196,7 @@ def test_cut_matrices_follow_whole_ones(megatron: Megatron, mode: str, base: str
 def test_cut_matrices_need_one_sum_a_step(megatron: Megatron) -> None:
     matrices = {f"layer {i}": [36, 24, 0, None] for i in range(4)}
     task = {"matrices": matrices, "mode": "distributed", "steps": 3, "gradients": "noise"}
-    run = megatron.run([json.dumps(task)], 2, main="test_spectral_clip:train_clipped")
+    task["optimizer"] = "SpectralClip"
+    run = megatron.run([json.dumps(task)], 2, main="parallel_probes:train")
     for steps in run.saved("collectives"):
         assert steps == [[("all_reduce", 4 * 24 * 24 * 8)]] * 3
-
-
-def train_clipped() -> None:
-    """``parallel_probes.train`` of ``SpectralClip`` with ``pre_clip_`` before every step."""
-    from sso_megatron.optimizers.spectral_clip import SpectralClip
-
-    class Clipped(SpectralClip):
-        def step(self, closure: Any = None) -> Any:
-            self.pre_clip_()
-            return super().step(closure)
-
-        def retracted(self) -> list[Any]:
-            return []
-
-    parallel_probes.SSO = Clipped  # type: ignore[misc,assignment]
-    parallel_probes.train()

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import Megatron
 from test_host_syncs import NoHostReads
 from test_sso import low_rank_problem, noise_problem, start
 
@@ -29,12 +30,19 @@ def of(base: str, **settings: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("problem", [noise_problem, low_rank_problem])
 @pytest.mark.parametrize("shape", [(48, 64), (80, 32), (48, 48)])
-@pytest.mark.parametrize("base", BASES)
-def test_fifty_steps_follow_the_oracle(problem, shape, base: str) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    ("base", "ours", "theirs"),
+    [
+        *((base, {}, {}) for base in BASES),
+        ("signum", {"nesterov": False}, {"nesterov": False}),
+        ("ademamix", {"ademamix_warmup_steps": 20}, {"warmup": 20}),
+    ],
+)
+def test_fifty_steps_follow_the_oracle(problem, shape, base, ours, theirs) -> None:  # type: ignore[no-untyped-def]
     gradient, lr, c = problem(shape, 0), 5e-3, 4.0
-    exact = oracle.ClippedOptimizer(start(shape, 0), base)
+    exact = oracle.ClippedOptimizer(start(shape, 0), base, **theirs)
     param = torch.nn.Parameter(torch.from_numpy(exact.W).float())
-    optimizer = SpectralClip([param], lr=lr, c=c, **of(base))
+    optimizer = SpectralClip([param], lr=lr, c=c, **of(base, **ours))
     for _ in range(50):
         G = gradient(exact.W)
         param.grad = torch.from_numpy(G).float()
@@ -354,6 +362,14 @@ def test_no_step_waits_for_the_device(base: str, as_tensor: bool) -> None:
         assert not isinstance(guard, HostSyncs) or guard.count == 0, guard.sources
 
 
+def test_cut_vectors_in_any_order(megatron: Megatron) -> None:
+    """Ranks that list them in other orders; each is clipped by its own norm."""
+    whole, cut = (megatron.run([], ranks, main="thin_probes:vectors").saved("vectors") for ranks in (1, 2))
+    for name, vector in whole[0].items():  # type: ignore[attr-defined]
+        found = torch.cat([part[name] for part in cut])  # type: ignore[index]
+        torch.testing.assert_close(found, vector, rtol=0, atol=1e-6)
+
+
 # ---------------------------------------------------------------- what it refuses
 
 
@@ -361,15 +377,22 @@ def test_no_step_waits_for_the_device(base: str, as_tensor: bool) -> None:
     ("settings", "message"),
     [
         ({"base": "sgd"}, "base='sgd' must be one of adamw, signum, ademamix; the default is 'adamw'"),
-        ({"base": "ademamix"}, "base='ademamix' needs ademamix_warmup_steps, or train_steps; without"),
-        ({"c": 0.0}, "c=0.0 must be positive and finite; the default is 10.0"),
-        ({"c": math.inf}, "c=inf must be positive and finite"),
-        ({"c_warmup_steps": -1}, "c_warmup_steps=-1 must not be negative"),
+        ({"base": "ademamix"}, "ademamix_warmup_steps=0 must be given where train_steps is not"),
+        ({"c": 0.0}, r"c=0.0 must lie in \[1e-6, 1e9\]; the default is 10.0"),
+        ({"c": math.inf}, r"c=inf must lie in \[1e-6, 1e9\]"),
+        ({"c": math.nan}, r"c=nan must lie in \[1e-6, 1e9\]"),
+        ({"pre_clip_c": 1e-9}, r"pre_clip_c=1e-09 must be 0 or in \[1e-6, 1e9\]; the default is 0.0"),
+        ({"eps": 0.0}, "eps=0.0 must be positive and finite"),
+        ({"c_warmup_steps": -1}, "c_warmup_steps=-1 must be finite and not negative"),
+        ({"c_warmup_steps": 2.5}, "c_warmup_steps=2.5 must be an integer; the default is 0"),
+        ({"nesterov": "no"}, "nesterov='no' must be True or False; the default is True"),
+        ({"c_final": 0.1}, "c_final=0.1 has an effect only with c_decay"),
+        ({"lr_peak": 0.1}, "lr_peak=0.1 has an effect only with c_warmup_steps"),
         ({"c_decay": "sqrt"}, "c_decay='sqrt' needs c_decay_steps"),
         ({"c_decay": "sqrt", "c_decay_steps": 5}, "c_decay='sqrt' needs train_steps"),
         (
             {"c_decay": "sqrt", "c_decay_steps": 5, "c_warmup_steps": 6, "train_steps": 10},
-            "train_steps=10 must not be less than c_warmup_steps and c_decay_steps together",
+            "c_decay_steps=5 must leave c_warmup_steps=6 of train_steps=10; the default is 0",
         ),
         (
             {"c_decay": "exp", "c_decay_steps": 5, "train_steps": 10},
@@ -377,7 +400,7 @@ def test_no_step_waits_for_the_device(base: str, as_tensor: bool) -> None:
         ),
         ({"msign_steps": 6}, "msign_steps=6 must be at least 7; the default is 8"),
         ({"beta2": 1.0}, r"beta2=1.0 must lie in \[0, 1\)"),
-        ({"weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be finite and not negative"),
         ({"apply_to": "1d"}, "apply_to='1d' must be one of all, 2d"),
         ({"lr": -1.0}, "lr=-1.0 must not be negative"),
     ],

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from parallel_probes import whole_of
 from probes import Collectives, save
 
+from sso_megatron import SpectralClip
 from sso_megatron.linalg.block_iteration import find_block
 from sso_megatron.linalg.orthonormal import orthonormalize
 from sso_megatron.linalg.part import Part
+from sso_megatron.matrices.layout import ParameterLayout, whole
 from sso_megatron.updates.spectra import SpectraCache, SpectraRule, spectra_step_
 from sso_megatron.updates.spectral_adam import SpectralAdamCache, SpectralAdamRule, spectral_adam_step_
 
@@ -31,6 +33,33 @@ def drawn(m: int, n: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     gen = torch.Generator().manual_seed(m + n)
     spike = torch.randn(2, m, 3, generator=gen) @ torch.randn(2, 3, n, generator=gen)
     return torch.randn(2, m, n, generator=gen), spike + torch.randn(steps, 2, m, n, generator=gen)
+
+
+def vectors() -> None:
+    """Saves the parts of two vectors that ranks hold and list in other orders."""
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    gen = torch.Generator().manual_seed(0)
+    pairs = {name: torch.randn(2, 8, generator=gen) for name in ("a", "b")}
+    pairs["b"][1, 2:] = 0  # fewer signs, another norm
+    parts = {name: pair.chunk(size, dim=1)[rank] for name, pair in pairs.items()}
+    params = {name: torch.nn.Parameter(pair[0].clone()) for name, pair in parts.items()}
+    layouts = {}
+    for name, param in params.items():
+        param.grad = parts[name][1].clone()
+        split = whole((param.numel(), 1), 0, size)
+        layouts[param] = ParameterLayout(name, (split,), dist.group.WORLD)
+    listed = list(params.values())
+    optimizer = SpectralClip(
+        listed[::-1] if rank else listed,
+        lr=1.0,
+        c=0.5,
+        base="signum",
+        one_dimensional="continuous",
+        find_layout=layouts.__getitem__ if size > 1 else None,
+    )
+    optimizer.step()
+    save("vectors", {name: param.detach() for name, param in params.items()})
 
 
 def train() -> None:

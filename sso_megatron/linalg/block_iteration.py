@@ -70,10 +70,23 @@ def find_block(M: Tensor, k: int, part: Part) -> Tensor:
     # Scaled, so that the squares of small momenta are there for eigh.
     size = torch.linalg.vector_norm(lengths, dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
     Y = Y.double() / size[:, None, None]
-    Y = Y @ torch.linalg.eigh(Y.mT @ Y).eigenvectors.flip(-1)
+    Y = Y @ gram_eigh(Y)[1].flip(-1)
     lengths = torch.linalg.vector_norm(Y, dim=-2)
     floor = torch.finfo(M.dtype).eps * lengths[:, :1]
     return unit_columns(Y.to(M.dtype), lengths, otherwise=V, floor=floor)
+
+
+def gram_eigh(Y: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of ``Y^T Y``; NaN and the identity where Y is not finite.
+
+    Args:
+        Y: ``(b, n, k)`` float64.
+    """
+    gram = Y.mT @ Y
+    is_finite = gram.isfinite().all(dim=-1).all(dim=-1)
+    # For one matrix that is not finite eigh would raise an error, and give no result of the others.
+    values, vectors = torch.linalg.eigh(torch.where(is_finite[:, None, None], gram, 0.0))
+    return torch.where(is_finite[:, None], values, torch.nan), vectors
 
 
 def unit_columns(Y: Tensor, lengths: Tensor, *, otherwise: Tensor, floor: Tensor | float = 0.0) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sso_megatron.linalg.block_iteration import iterate_block, unit_columns
+from sso_megatron.linalg.block_iteration import gram_eigh, iterate_block, unit_columns
 from sso_megatron.linalg.orthonormal import random_basis
 from sso_megatron.linalg.part import Part
 from sso_megatron.linalg.polar import Total, frobenius_norm
@@ -72,11 +72,10 @@ def squared_norms(blocks: Tensor, total: Total | None = None) -> Tensor:
             It is called three times in each of eight passes.
 
     Returns:
-        ``(b,)`` float64.
+        ``(b,)`` float64; NaN where a block has an entry that is not finite.
     """
     if total is not None:
         part = Part((blocks.size(-1), blocks.size(-2)), total)
         V = random_basis(blocks.size(-2), blocks.size(-1), blocks)
         blocks = iterate_block(blocks.mT, V, part, num_passes=_PASSES).Y
-    wide = blocks.double()
-    return torch.linalg.eigvalsh(wide.mT @ wide)[:, -1]
+    return gram_eigh(blocks.double())[0][:, -1]

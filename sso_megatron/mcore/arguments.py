@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from sso_megatron.mcore import compat, cpu, model_building
 from sso_megatron.mcore.kinds import CONFIGS, OPTIMIZERS, flag_fields, flags_of, from_schedule
-from sso_megatron.mcore.refusals import check_criterion, check_request, refuse_idle_flags
+from sso_megatron.mcore.refusals import check_criterion, check_request, refuse_idle_flags, unread_flags
 from sso_megatron.mcore.registration import register
 from sso_megatron.optimizers.config import SpectralConfig
 from sso_megatron.optimizers.settings import choices_of
@@ -106,6 +106,9 @@ def check_and_register(args: argparse.Namespace) -> None:
     check_criterion(args)
     if args.optimizer in OPTIMIZERS:
         check_request(args)
+        note = unread_flags(args)
+        if note and args.rank == 0:
+            print(f"sso_megatron: {note}", flush=True)
         register(*configs_from(args))
         model_building.install()
     if cpu.cuda_is_missing():

@@ -106,8 +106,9 @@ class Criterion:
 
             model, config = args[2], args[5]
             groups = ProcessGroupCollection.use_mpu_process_groups()
-            parameters = [p for p in model_parameters(model, groups) if _is_known(p)]
-            meter = ActivationMeter([p for p in parameters if not _is_shared(p, model)], groups)
+            is_tied = _is_tied(model)
+            parameters = [p for p in model_parameters(model, groups) if _is_known(p, is_tied)]
+            meter = ActivationMeter([p for p in parameters if not _is_shared(p, is_tied)], groups)
             finalize = config.finalize_model_grads_func
 
             def finalize_and_measure(*a: Any, **k: Any) -> None:
@@ -126,15 +127,22 @@ class Criterion:
         return train_step
 
 
-def _is_known(p: ModelParameter) -> bool:
+def _is_tied(model: Sequence[Any]) -> bool:
+    """Whether embedding and output layer are one weight."""
+    from megatron.core.utils import unwrap_model
+
+    return bool(getattr(unwrap_model(model[0]), "share_embeddings_and_output_weights", False))
+
+
+def _is_known(p: ModelParameter, is_tied: bool) -> bool:
+    # The last pipeline stage has a copy of a tied embedding, under this name.
+    if is_tied and re.search(r"(^|\.)output_layer\.weight$", p.name):
+        return False
     return p.param.ndim == 2 and (p.is_vocabulary or (p.is_matrix and has_rule(p)))
 
 
-def _is_shared(p: ModelParameter, model: Sequence[Any]) -> bool:
+def _is_shared(p: ModelParameter, is_tied: bool) -> bool:
     """Whether a weight is used in several places: a tied embedding, or one that predicts several tokens."""
-    from megatron.core.utils import get_attr_wrapped_model
-
-    is_tied = get_attr_wrapped_model(model[0], "share_embeddings_and_output_weights")
     several = is_tied or bool(p.config.mtp_num_layers)
     return several and bool(re.search(r"(^|\.)(word_embeddings|output_layer)\.weight$", p.name))
 
@@ -149,8 +157,9 @@ class _NuclearNorms:
         """Gradient, two iterates and a product, and squares of the short side."""
         return (4 * shape[0] * shape[1] + 4 * min(shape) ** 2) * dtype.itemsize
 
-    def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+    def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
         """Gradient, in float64 too, and squares."""
+        rows, columns = max(cut.lengths), cut.shape[1 - cut.dim]
         return 2 * rows * columns * dtype.itemsize + (rows * columns + 6 * columns**2) * 8
 
     def thin_sums(self, cut: Cut) -> None:

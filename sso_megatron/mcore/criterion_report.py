@@ -4,9 +4,11 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -44,22 +46,36 @@ def read(folder: Path, since: int = 0) -> tuple[list[Cell], list[int]]:
 
     Raises:
         ValueError: nothing was measured.
+        OSError: the file cannot be read.
     """
     path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    records = [line for line in lines if "criterion" in line and line["iteration"] >= since]
+    records = {n: found for n, found in _records(path).items() if n >= since}
     if not records:
         when = f" from iteration {since} on" if since else ""
         raise ValueError(f"{path} has no criterion{when}; train with --log-spectral-criterion N")
     seen: dict[tuple[str, int | None], list[dict[str, float | None]]] = {}
-    for record in records:
-        for name, values in record["criterion"].items():
+    for record in records.values():
+        for name, values in record.items():
             seen.setdefault(_place(name), []).append(values)
     cells = [
         Cell(module, layer, *(_median([v[key] for v in all_values]) for key in _VALUES))
         for (module, layer), all_values in seen.items()
     ]
-    return cells, [record["iteration"] for record in records]
+    return cells, sorted(records)
+
+
+def _records(path: Path) -> dict[int, dict[str, dict[str, float | None]]]:
+    """The criterion by iteration; of one that a resumed run has done again, the last."""
+    found = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:  # of a run that was killed while it wrote
+            print(f"{path}, line {number} is not whole, and is left out", file=sys.stderr)
+            continue
+        if "criterion" in record:
+            found[int(record["iteration"])] = record["criterion"]
+    return found
 
 
 _VALUES = ("nuclear_rank", "stable_rank", "gain")
@@ -182,7 +198,7 @@ def show(folder: Path) -> None:
     """At the end of a run: print the table and write ``criterion.png`` into its folder."""
     try:
         cells, iterations = read(folder)
-    except ValueError:  # it ended before the first measurement
-        return
-    print_table(cells, iterations, Console(width=200))
-    draw(folder / "criterion.png", cells)
+        print_table(cells, iterations, Console(width=200))
+        draw(folder / "criterion.png", cells)
+    except (ValueError, OSError) as error:  # it ended before the first measurement, or the disk is full
+        print(f"sso_megatron: the criterion is not shown: {error}", flush=True)

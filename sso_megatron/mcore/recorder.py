@@ -6,6 +6,7 @@ written when training has ended.
 """
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -98,7 +99,8 @@ class Recorder:
         """Keep each iteration's loss on the device; write at the interval."""
 
         def training_log(loss_dict: Any, total: Any, lr: Any, iteration: int, *a: Any, **k: Any) -> Any:
-            self.losses.append((iteration, loss_dict.get("lm loss")))
+            loss = loss_dict.get("lm loss", next(iter(loss_dict.values()), None))
+            self.losses.append((iteration, loss))
             if iteration % self.log_interval == 0 or iteration == 1:
                 self._write(lr)
             return original(loss_dict, total, lr, iteration, *a, **k)
@@ -166,8 +168,7 @@ class Recorder:
                 line["criterion"] = criterion_rows(part for part in parts if part)
         text = "".join(json.dumps(line) + "\n" for line in lines)
         try:
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(text)
+            _append(self.folder / "metrics.jsonl", text)
         except OSError as error:  # a full disk must not end the training
             print(f"sso_megatron: records up to iteration {losses[-1][0]} not written: {error}", flush=True)
 
@@ -195,6 +196,15 @@ class Recorder:
         (self.folder / "summary.json").write_text(json.dumps(summary) + "\n")
         if self.criterion:
             criterion_report.show(self.folder)
+
+
+def _append(path: Path, text: str) -> None:
+    """Add whole lines, also after one that a killed run has left unfinished."""
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read(1) == b"\n" else "\n" + text
+        file.write(text.encode())
 
 
 def spectra(optimizers: Iterable[SSO]) -> dict[str, dict[str, float]]:

@@ -60,12 +60,6 @@ def _check_combinations(args: argparse.Namespace, kind: Kind) -> None:
         if idle:
             flags = flags_of(kind.prefix, idle)
             raise ValueError(f"{flags} with --optimizer {args.optimizer}: has no effect; leave it out")
-        without = [n for n in _changed(args, kind.prefix) if n in ("c_decay_steps", "c_final")]
-        if without and args.spectra_clip_c_decay == "none":
-            flags = flags_of(kind.prefix, without)
-            raise ValueError(
-                f"{flags} has an effect only with --spectra-clip-c-decay; leave it out, or give that"
-            )
     if args.optimizer == "muon_sphere":
         idle = [n for n in _changed(args, "sso") if n == "tangent" or n.startswith("solver")]
         if idle:
@@ -83,6 +77,29 @@ def _check_combinations(args: argparse.Namespace, kind: Kind) -> None:
                 raise ValueError(
                     f"{flag} has an effect only with {wanted} {needed}; leave one out, or give the other"
                 )
+
+
+# What --optimizer spectra_clip_... has flags of its own for.
+_OF_ADAMW = ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "weight_decay_incr_style")
+
+
+def unread_flags(args: argparse.Namespace) -> str | None:
+    """A line on Megatron's flags for AdamW where AdamW gets no parameter, if they differ from ours."""
+    kind = OPTIMIZERS.get(args.optimizer)
+    if kind is None or kind.prefix != "spectra_clip" or args.spectral_exclude:
+        return None
+    from megatron.training.arguments import add_megatron_arguments
+
+    default = add_megatron_arguments(argparse.ArgumentParser(add_help=False)).get_default
+    ours = {name: getattr(args, f"spectra_clip_{name.removeprefix('adam_')}", None) for name in _OF_ADAMW}
+    given = [name for name in _OF_ADAMW if getattr(args, name) not in (default(name), ours[name])]
+    if not given:
+        return None
+    flags = " ".join(f"--{name} {getattr(args, name)}".replace("_", "-") for name in given)
+    return (
+        f"{flags}: not read, since --optimizer {args.optimizer} takes every parameter; it has "
+        "--spectra-clip-beta1, --spectra-clip-weight-decay and so on"
+    )
 
 
 def _check_sharding(args: argparse.Namespace) -> None:
@@ -144,6 +161,10 @@ _BASES = {
 }
 
 
+# Settings that --log-spectral-criterion reads with any optimizer.
+_READ_BY_CRITERION = ("qkv_split", "mlp_split", "workspace_mib")
+
+
 def refuse_idle_flags(args: argparse.Namespace) -> None:
     """Refuse our flags with an optimizer that does not read them.
 
@@ -154,6 +175,8 @@ def refuse_idle_flags(args: argparse.Namespace) -> None:
     for prefix in CONFIGS:
         is_read = kind is not None and prefix in ("spectral", kind.prefix)
         changed = [] if is_read else _changed(args, prefix)
+        if prefix == "spectral" and args.log_spectral_criterion is not None:
+            changed = [name for name in changed if name not in _READ_BY_CRITERION]
         if changed:
             raise ValueError(
                 f"{flags_of(prefix, changed)} with --optimizer {args.optimizer}: has no effect; leave it "

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sso_megatron.linalg.coefficients import coefficient_types
-from sso_megatron.optimizers.settings import check_choices, check_positive, require, setting
+from sso_megatron.optimizers.settings import (
+    check_not_negative,
+    check_positive,
+    check_types,
+    require,
+    setting,
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class SpectralConfig:
     )
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         check_positive(self, "flops_per_byte")
         require(self, "workspace_mib", self.workspace_mib >= 1, "must be at least 1")
 
@@ -126,14 +132,14 @@ class SSOConfig:
     )
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         require(self, "momentum", 0 <= self.momentum < 1, "must lie in [0, 1)")
         check_positive(self, "radius_scaler", "retract_alpha", "solver_tolerance")
         for name in ("solver_max_iterations", "msign_steps", "power_block", "power_degree"):
             require(self, name, getattr(self, name) >= 1, "must be at least 1")
         # A single trial a step never sees the slope that the next start is reckoned with.
         require(self, "solver_trials", self.solver_trials >= 2, "must be at least 2")
-        require(self, "weight_decay", self.weight_decay >= 0, "must not be negative")
+        check_not_negative(self, "weight_decay")
         known = coefficient_types()
         is_known = self.coefficient_type in known
         require(self, "coefficient_type", is_known, f"must be one of {', '.join(known)}")
@@ -163,12 +169,12 @@ class SpectraConfig:
     )
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         require(self, "momentum", 0 <= self.momentum < 1, "must lie in [0, 1)")
         require(self, "rank_ratio", 0 < self.rank_ratio < 1, "must lie in (0, 1)")
         require(self, "power_iterations", self.power_iterations >= 1, "must be at least 1")
         check_positive(self, "update_rms", "eps")
-        require(self, "weight_decay", self.weight_decay >= 0, "must not be negative")
+        check_not_negative(self, "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,7 @@ class SpectralAdamConfig:
     weight_decay: float = setting(0.1, "decoupled weight decay of the matrices", "paper")
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_positive(self, "high_threshold", "low_threshold", "eps")
         is_ordered = self.low_threshold < self.high_threshold
         require(
@@ -194,7 +201,7 @@ class SpectralAdamConfig:
         require(self, "period", self.period >= 1, "must be at least 1")
         for name in ("beta1", "beta2"):
             require(self, name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
-        require(self, "weight_decay", self.weight_decay >= 0, "must not be negative")
+        check_not_negative(self, "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -253,14 +260,16 @@ class SpectralClipConfig:
     weight_decay: float = setting(0.1, "decoupled weight decay of the matrices; vectors have none", "paper")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_positive(self, "c")
+        check_types(self)
+        check_positive(self, "eps")
+        # Beyond, squares of the ratio of an update to c leave float32.
+        require(self, "c", 1e-6 <= self.c <= 1e9, "must lie in [1e-6, 1e9]")
+        is_off = self.pre_clip_c == 0
+        require(self, "pre_clip_c", is_off or 1e-6 <= self.pre_clip_c <= 1e9, "must be 0 or in [1e-6, 1e9]")
         for name in ("beta1", "beta2", "momentum", "ademamix_beta2", "ademamix_beta3"):
             require(self, name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
-        for name in ("eps", "lr_peak", "pre_clip_c", "ademamix_alpha", "weight_decay"):
-            require(self, name, 0 <= getattr(self, name) < math.inf, "must not be negative")
-        for name in ("c_warmup_steps", "c_decay_steps", "train_steps", "ademamix_warmup_steps"):
-            require(self, name, getattr(self, name) >= 0, "must not be negative")
+        check_not_negative(self, "lr_peak", "ademamix_alpha", "weight_decay", "c_warmup_steps")
+        check_not_negative(self, "c_decay_steps", "train_steps", "ademamix_warmup_steps")
         # With six the table overshoots 1 by 1e-3, and so the clipped norm c.
         require(self, "msign_steps", self.msign_steps >= 7, "must be at least 7")
         least = 0 if self.c_decay != "exp" else math.ulp(0.0)
@@ -268,6 +277,10 @@ class SpectralClipConfig:
             self, "c_final", least <= self.c_final <= 1, "must lie in [0, 1], with c_decay='exp' above 0"
         )
         decays = self.c_decay != "none"
+        for name in ("c_decay_steps", "c_final"):
+            require(self, name, decays or not getattr(self, name), "has an effect only with c_decay")
+        warms_up = self.c_warmup_steps > 0
+        require(self, "lr_peak", warms_up or not self.lr_peak, "has an effect only with c_warmup_steps")
         require(
             self, "c_decay", not decays or self.c_decay_steps > 0, "needs c_decay_steps, the steps it takes"
         )
@@ -276,13 +289,11 @@ class SpectralClipConfig:
         )
         held = self.train_steps - (self.c_decay_steps if decays else 0)
         fits = not self.train_steps or self.c_warmup_steps <= held
-        require(
-            self, "train_steps", fits, "must not be less than c_warmup_steps and c_decay_steps together"
-        )
+        length = f"train_steps={self.train_steps}"
+        if decays:
+            rule = f"must leave c_warmup_steps={self.c_warmup_steps} of {length}"
+            require(self, "c_decay_steps", fits, rule)
+        require(self, "c_warmup_steps", fits, f"must not be more than {length}")
         knows = self.base != "ademamix" or self.ademamix_warmup_steps or self.train_steps
-        require(
-            self,
-            "base",
-            bool(knows),
-            "needs ademamix_warmup_steps, or train_steps; without a warmup give 1",
-        )
+        rule = "must be given where train_steps is not; without a warmup give 1"
+        require(self, "ademamix_warmup_steps", bool(knows), rule)

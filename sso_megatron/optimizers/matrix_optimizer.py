@@ -170,8 +170,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Bytes that ``update_batch_`` takes for one whole matrix, with its W and N."""
         raise NotImplementedError
 
-    def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
-        """The same for a matrix of which this rank holds ``rows``, and others the rest."""
+    def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
+        """The same for a matrix whose largest shard this rank holds, and others the rest."""
         raise NotImplementedError
 
     def thin_sums(self, cut: Cut) -> tuple[int, ...] | None:

@@ -33,8 +33,8 @@ class Needs(Protocol):
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """Bytes for a whole matrix."""
 
-    def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
-        """Bytes for this rank's rows of a matrix."""
+    def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
+        """Bytes for the largest shard of a matrix."""
 
     def thin_sums(self, cut: Cut) -> tuple[int, ...] | None:
         """Bytes of a matrix in each all-reduce where products with it are thin, else None."""
@@ -200,7 +200,7 @@ def _plan(
             kind=(index, cut.shape, cut.dim),
             itemsize=dtype.itemsize,
             workspace=needs.workspace(cut.shape, dtype),
-            cut_workspace=needs.cut_workspace(max(cut.lengths), cut.shape[1 - cut.dim], dtype),
+            cut_workspace=needs.cut_workspace(cut, dtype),
             thin_sums=needs.thin_sums(cut),
         )
         for index, cut in zip(groups, cuts, strict=True)

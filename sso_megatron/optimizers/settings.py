@@ -31,13 +31,20 @@ def choices_of(config_type: type, name: str) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
-def check_choices(config: Any) -> None:
-    """``require`` of every ``Literal`` field that it has one of its values."""
+def check_types(config: Any) -> None:
+    """``require`` that fields are of their types, and ``Literal`` ones of their values."""
+    hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
+        value, hint = getattr(config, f.name), hints[f.name]
         choices = choices_of(type(config), f.name)
         if choices:
             listed = ", ".join(map(str, choices))
-            require(config, f.name, getattr(config, f.name) in choices, f"must be one of {listed}")
+            require(config, f.name, value in choices, f"must be one of {listed}")
+        elif hint is bool:
+            require(config, f.name, isinstance(value, bool), "must be True or False")
+        elif hint in (int, float):
+            is_number = isinstance(value, (int, hint)) and not isinstance(value, bool)
+            require(config, f.name, is_number, f"must be {'an integer' if hint is int else 'a number'}")
 
 
 def check_positive(config: Any, *names: str) -> None:
@@ -45,6 +52,12 @@ def check_positive(config: Any, *names: str) -> None:
     for name in names:
         is_positive = 0 < getattr(config, name) < math.inf
         require(config, name, is_positive, "must be positive and finite")
+
+
+def check_not_negative(config: Any, *names: str) -> None:
+    """``require`` of the fields named that they are finite and not negative."""
+    for name in names:
+        require(config, name, 0 <= getattr(config, name) < math.inf, "must be finite and not negative")
 
 
 def one_config[C](config_type: type[C], config: C | None, settings: dict[str, Any]) -> C:

@@ -19,7 +19,7 @@ from sso_megatron.updates.spectra import SpectraCache, SpectraRule, spectra_step
 
 
 class Spectra(SpectralOptimizer):
-    """Spectra: the momentum with its largest singular values, the spike, brought down to the others' mean.
+    """Spectra: the momentum with its largest singular values, the spike, brought down to the others' RMS.
 
     For every 2-D parameter, or every logical matrix of it, where ``find_layout`` names them. State is the
     momentum and the spike's right singular vectors: half of AdamW's, or a quarter with a bf16 momentum.
@@ -69,7 +69,7 @@ class Spectra(SpectralOptimizer):
         )
 
     def state_dtype(self, param: Tensor) -> torch.dtype:
-        """``momentum_dtype``; float64 for a float64 parameter."""
+        """bfloat16 with ``momentum_dtype="bf16"``; else float32, or float64 for a float64 parameter."""
         if self.config.momentum_dtype == "bf16":
             return torch.bfloat16
         return super().state_dtype(param)
@@ -129,12 +129,16 @@ class Spectra(SpectralOptimizer):
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """Weight, momentum and a copy of it for its norm; or thin blocks in float64 instead of the copy."""
-        (m, n), rank = shape, self._rank(shape)
-        shaping = (3 * m * n + (m + 2 * n) * rank) * dtype.itemsize
-        thin = (3 * m + 2 * n + 5 * rank) * rank * torch.float64.itemsize
-        iterating = (2 * m * n + (m + n) * rank) * dtype.itemsize + thin
-        return max(shaping, iterating)
+        return self._workspace(shape, shape, dtype)
 
-    def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
-        """As of a whole matrix of this rank's size, but for the thin block of all columns."""
-        return self.workspace((rows, columns), dtype)
+    def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
+        """As of a whole matrix of the shard's size, but for the thin block of all columns."""
+        return self._workspace(cut.largest_shape, cut.shape, dtype)
+
+    def _workspace(self, held: tuple[int, int], whole: tuple[int, int], dtype: torch.dtype) -> int:
+        (m, n), rank = (held[0], whole[1]), self._rank(whole)
+        size = held[0] * held[1]
+        shaping = (3 * size + (m + 2 * n) * rank) * dtype.itemsize
+        thin = (3 * m + 2 * n + 5 * rank) * rank * torch.float64.itemsize
+        iterating = (2 * size + (m + n) * rank) * dtype.itemsize + thin
+        return max(shaping, iterating)

@@ -113,7 +113,9 @@ class SpectralAdam(SpectralOptimizer):
         states = self.take_loaded(batch)
         known = [state if state and self.fits(batch, state) else None for state in states]
         v = G.new_empty(len(known), batch.shape[1], 1) if all(known) else find_block(G, 1, batch.part)
-        norm = torch.zeros(len(known), dtype=torch.float64, device=G.device)
+        # The first step of all divides; a norm that is lost later, NaN, is no jump.
+        unknown = 0.0 if batch.group["step"] == 1 else torch.nan
+        norm = torch.full((len(known),), unknown, dtype=torch.float64, device=G.device)
         for index, state in enumerate(known):
             if state:
                 v[index].copy_(state["gradient_vector"])
@@ -143,9 +145,12 @@ class SpectralAdam(SpectralOptimizer):
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """Weight, gradient and a copy of it for its norm, both averages, and vectors."""
-        thin = (7 * shape[0] + 5 * shape[1]) * torch.float64.itemsize
-        return 5 * shape[0] * shape[1] * dtype.itemsize + thin
+        return self._workspace(shape, shape, dtype)
 
-    def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
-        """As of a whole matrix of this rank's size."""
-        return self.workspace((rows, columns), dtype)
+    def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
+        """As of a whole matrix of the shard's size, but for the vectors of all columns."""
+        return self._workspace(cut.largest_shape, cut.shape, dtype)
+
+    def _workspace(self, held: tuple[int, int], whole: tuple[int, int], dtype: torch.dtype) -> int:
+        thin = (7 * held[0] + 5 * whole[1]) * torch.float64.itemsize
+        return 5 * held[0] * held[1] * dtype.itemsize + thin

@@ -18,7 +18,7 @@ from sso_megatron.optimizers.config import SpectralClipConfig, SpectralConfig
 from sso_megatron.optimizers.matrix_optimizer import FindLayout, MatrixState
 from sso_megatron.optimizers.settings import one_config
 from sso_megatron.parallel.cost import PolarWork
-from sso_megatron.parallel.shards import norms_of
+from sso_megatron.parallel.shards import Cut, norms_of
 from sso_megatron.updates.bases import AdamW, AdEMAMix, Base, Numbers, Signum, States
 from sso_megatron.updates.spectral_clip import ClipSchedule, clip_vectors_, clipped_step_
 
@@ -177,14 +177,18 @@ class SpectralClip(SpectralOptimizer):
             states = {name: self.read_state(some, name) for name in self.state_names}
             self._base.direction_(U, states, step.numbers)
 
-    def _tp_group(self, vector: Tensor) -> Any:
-        """The group that the vector is cut over, or None."""
-        layout = self._find_layout(vector) if self._find_layout is not None else None
-        cuts = [s for s in layout.splits if s.partition_dim is not None] if layout else []
-        return layout.tp_group if layout and cuts else None
+    def _cut(self, vector: Tensor) -> tuple[str, Any]:
+        """Name of a vector, and the group that it is cut over or None."""
+        if self._find_layout is None:
+            return "", None
+        layout = self._find_layout(vector)
+        is_cut = any(split.partition_dim is not None for split in layout.splits)
+        return layout.name, layout.tp_group if is_cut else None
 
     def _step_vectors(self, group: dict[str, Any]) -> None:
         vectors = [param for param in group["params"] if param.ndim < 2]
+        # Ranks may list those that are cut in other orders.
+        vectors.sort(key=lambda vector: self._cut(vector)[0])
         for dtype in dict.fromkeys(param.dtype for param in vectors):
             params = [param for param in vectors if param.dtype == dtype and param.grad is not None]
             if not params:
@@ -197,7 +201,7 @@ class SpectralClip(SpectralOptimizer):
             ]
             self._base.direction_(U, self._states(params), step.numbers)
             if self.config.apply_to == "all":
-                norms = norms_of(U, [self._tp_group(param) for param in params])
+                norms = norms_of(U, [self._cut(param)[1] for param in params])
                 clip_vectors_(U, norms, step.c, is_continuous=self.config.one_dimensional == "continuous")
             torch._foreach_mul_(U, group["lr"])
             torch._foreach_sub_(params, U)
@@ -257,8 +261,9 @@ class SpectralClip(SpectralOptimizer):
         """Weight, direction and two iterates, and squares of the short side."""
         return (4 * shape[0] * shape[1] + 6 * min(shape) ** 2) * dtype.itemsize
 
-    def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+    def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
         """The same, but for weight and direction in float64."""
+        rows, columns = max(cut.lengths), cut.shape[1 - cut.dim]
         in_double = 2 * rows * columns + 6 * columns**2
         return 2 * rows * columns * dtype.itemsize + in_double * torch.float64.itemsize
 

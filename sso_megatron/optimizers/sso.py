@@ -17,7 +17,7 @@ from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
 from sso_megatron.optimizers.matrix_optimizer import FindLayout, MatrixState
 from sso_megatron.optimizers.settings import one_config
 from sso_megatron.parallel.cost import PolarWork
-from sso_megatron.parallel.shards import copy_all_
+from sso_megatron.parallel.shards import Cut, copy_all_
 from sso_megatron.updates.sso import (
     SpectralCache,
     SSORule,
@@ -143,8 +143,9 @@ class SSO(SpectralOptimizer):
         retracting = 2 * numel + min(self._rule.power_block, short) * (4 * long + 10 * short)
         return max(retracting, iterating + 32 * long) * dtype.itemsize
 
-    def cut_workspace(self, rows: int, columns: int, dtype: torch.dtype) -> int:
+    def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
         """The same, and in float64 the rows of the momentum and products of the uncut side."""
+        rows, columns = max(cut.lengths), cut.shape[1 - cut.dim]
         squares = 11 if self._search == "bisection" else 9
         in_double = 3 * rows * columns + squares * columns**2
         return 2 * rows * columns * dtype.itemsize + in_double * torch.float64.itemsize

@@ -53,6 +53,11 @@ class Cut:
         length = self.lengths[rank]
         return (self.shape[0], length) if self.dim else (length, self.shape[1])
 
+    @property
+    def largest_shape(self) -> tuple[int, int]:
+        """Of the largest shard."""
+        return self.shard_shape(self.lengths.index(max(self.lengths)))
+
     def numel(self, rank: int) -> int:
         """Elements of a rank's shard."""
         return self.lengths[rank] * self.shape[1 - self.dim]
@@ -142,6 +147,8 @@ def sum_over(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor] | None:
 
 def norms_of(vectors: Sequence[Tensor], tp_groups: Sequence[Any]) -> Tensor:
     """Euclidean norms ``(b,)`` of vectors of one dtype, each cut over a group, or whole where that is None.
+
+    The ranks of a group give the vectors that it cuts in the same order.
 
     Collectives: one all-reduce over each group.
     """

@@ -44,7 +44,8 @@ class SpectralAdamCache:
 
     Attributes:
         v: ``(b, n, 1)`` right singular vector of the gradient, whole on every rank, from ``find_block``.
-        norm: ``(b,)`` float64 Frobenius norm of the last gradient that was not zero; 0 before the first.
+        norm: ``(b,)`` float64 Frobenius norm of the last gradient that was not zero; 0 before the
+            first, NaN where it is not known: such a step divides by ``period`` alone.
     """
 
     v: Tensor
