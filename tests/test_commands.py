@@ -56,17 +56,38 @@ def test_an_unmodified_script_and_ours_train_alike(tmp_path: Path) -> None:
     assert summaries[1]["val_loss"] == pytest.approx(float(validation), rel=1e-6)
 
 
-def test_first_run(tmp_path: Path) -> None:
-    """The main job, shortened: data, training, evaluation, picture, checkpoint, one JSON line."""
-    command = [sys.executable, "-m", "sso_megatron.cli.main", "first-run"]
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where first runs put their data, and find it again."""
+    return tmp_path_factory.mktemp("first")
+
+
+def first_run(output: Path, *args: str) -> "subprocess.CompletedProcess[str]":
     ended = subprocess.run(
-        [*command, "--iterations", "12", "--output", str(tmp_path)],
+        [sys.executable, "-m", "sso_megatron.cli.main", "first-run", "--output", str(output), *args],
         capture_output=True,
         text=True,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         timeout=400,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended
+
+
+@pytest.mark.parametrize("optimizer", ["spectra", "spectra_clip_adamw"])
+def test_first_run_with_another_optimizer(output: Path, optimizer: str) -> None:
+    """Shortened, too; all of them at full length are in docs/algorithms/index.md."""
+    flags = ["--log-spectral-criterion", "5"]
+    ended = first_run(output, "--optimizer", optimizer, "--iterations", "12", "--", *flags)
+    summary = json.loads(ended.stdout.splitlines()[-1])
+    assert summary["last_loss"] < 0.8 * summary["first_loss"]
+    (folder,) = output.glob(f"{optimizer}-2*")
+    assert (folder / "criterion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_first_run(output: Path) -> None:
+    """The main job, shortened: data, training, evaluation, picture, checkpoint, one JSON line."""
+    ended = first_run(output, "--iterations", "12")
     summary = json.loads(ended.stdout.splitlines()[-1])
     assert list(summary) == [
         *("first_loss", "last_loss", "val_loss", "max_radius_error", "iterations", "seconds")
@@ -76,7 +97,7 @@ def test_first_run(tmp_path: Path) -> None:
     assert 1.0 < summary["val_loss"] < summary["first_loss"]
     assert summary["max_radius_error"] <= 1e-3
     assert summary["iterations"] == 12
-    (folder,) = tmp_path.glob("sso-*")
+    (folder,) = output.glob("sso-*")
     assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "checkpoint" / "iter_0000012" / "metadata.json").exists()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
