@@ -1,11 +1,11 @@
-"""What SSO and MuonSphere refuse, and that they say the value, the rule and the way out."""
+"""What SSO, MuonSphere and SpectralClip refuse, and that they say the value, the rule and the way out."""
 
 import math
 
 import pytest
 import torch
 
-from sso_megatron import SSO, MuonSphere, SSOConfig
+from sso_megatron import SSO, MuonSphere, SpectralClip, SSOConfig
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,40 @@ def test_other_errors() -> None:
         SSO([matrix], config=SSOConfig(), momentum=0.5)
     with pytest.raises(TypeError, match="rho"):
         SSO([matrix], rho=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base": "sgd"}, "base='sgd' must be one of adamw, signum, ademamix; the default is 'adamw'"),
+        ({"base": "ademamix"}, "ademamix_warmup_steps=0 must be given where train_steps is not"),
+        ({"c": 0.0}, r"c=0.0 must lie in \[1e-6, 1e9\]; the default is 10.0"),
+        ({"c": math.inf}, r"c=inf must lie in \[1e-6, 1e9\]"),
+        ({"c": math.nan}, r"c=nan must lie in \[1e-6, 1e9\]"),
+        ({"pre_clip_c": 1e-9}, r"pre_clip_c=1e-09 must be 0 or in \[1e-6, 1e9\]; the default is 0.0"),
+        ({"eps": 0.0}, "eps=0.0 must be positive and finite"),
+        ({"c_warmup_steps": -1}, "c_warmup_steps=-1 must be finite and not negative"),
+        ({"c_warmup_steps": 2.5}, "c_warmup_steps=2.5 must be an integer; the default is 0"),
+        ({"nesterov": "no"}, "nesterov='no' must be True or False; the default is True"),
+        ({"c_final": 0.1}, "c_final=0.1 has an effect only with c_decay"),
+        ({"lr_peak": 0.1}, "lr_peak=0.1 has an effect only with c_warmup_steps"),
+        ({"c_decay": "sqrt"}, "c_decay='sqrt' needs c_decay_steps"),
+        ({"c_decay": "sqrt", "c_decay_steps": 5}, "c_decay='sqrt' needs train_steps"),
+        (
+            {"c_decay": "sqrt", "c_decay_steps": 5, "c_warmup_steps": 6, "train_steps": 10},
+            "c_decay_steps=5 must leave c_warmup_steps=6 of train_steps=10; the default is 0",
+        ),
+        (
+            {"c_decay": "exp", "c_decay_steps": 5, "train_steps": 10},
+            r"c_final=0.0 must lie in \[0, 1\], with c_decay='exp' above 0",
+        ),
+        ({"msign_steps": 6}, "msign_steps=6 must be at least 7; the default is 8"),
+        ({"beta2": 1.0}, r"beta2=1.0 must lie in \[0, 1\)"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be finite and not negative"),
+        ({"apply_to": "1d"}, "apply_to='1d' must be one of all, 2d"),
+        ({"lr": -1.0}, "lr=-1.0 must not be negative"),
+    ],
+)
+def test_errors_of_spectral_clipping(settings: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(ValueError, match=message):
+        SpectralClip([torch.nn.Parameter(torch.ones(4, 4))], **settings)

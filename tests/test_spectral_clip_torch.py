@@ -1,4 +1,4 @@
-"""SPECTRA as a torch optimizer: its bases, the schedule of c, vectors, resuming, what it refuses."""
+"""SPECTRA as a torch optimizer: its bases, the schedule of c, vectors, resuming."""
 
 import math
 import pickle
@@ -370,47 +370,7 @@ def test_cut_vectors_in_any_order(megatron: Megatron) -> None:
         torch.testing.assert_close(found, vector, rtol=0, atol=1e-6)
 
 
-# ---------------------------------------------------------------- what it refuses
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"base": "sgd"}, "base='sgd' must be one of adamw, signum, ademamix; the default is 'adamw'"),
-        ({"base": "ademamix"}, "ademamix_warmup_steps=0 must be given where train_steps is not"),
-        ({"c": 0.0}, r"c=0.0 must lie in \[1e-6, 1e9\]; the default is 10.0"),
-        ({"c": math.inf}, r"c=inf must lie in \[1e-6, 1e9\]"),
-        ({"c": math.nan}, r"c=nan must lie in \[1e-6, 1e9\]"),
-        ({"pre_clip_c": 1e-9}, r"pre_clip_c=1e-09 must be 0 or in \[1e-6, 1e9\]; the default is 0.0"),
-        ({"eps": 0.0}, "eps=0.0 must be positive and finite"),
-        ({"c_warmup_steps": -1}, "c_warmup_steps=-1 must be finite and not negative"),
-        ({"c_warmup_steps": 2.5}, "c_warmup_steps=2.5 must be an integer; the default is 0"),
-        ({"nesterov": "no"}, "nesterov='no' must be True or False; the default is True"),
-        ({"c_final": 0.1}, "c_final=0.1 has an effect only with c_decay"),
-        ({"lr_peak": 0.1}, "lr_peak=0.1 has an effect only with c_warmup_steps"),
-        ({"c_decay": "sqrt"}, "c_decay='sqrt' needs c_decay_steps"),
-        ({"c_decay": "sqrt", "c_decay_steps": 5}, "c_decay='sqrt' needs train_steps"),
-        (
-            {"c_decay": "sqrt", "c_decay_steps": 5, "c_warmup_steps": 6, "train_steps": 10},
-            "c_decay_steps=5 must leave c_warmup_steps=6 of train_steps=10; the default is 0",
-        ),
-        (
-            {"c_decay": "exp", "c_decay_steps": 5, "train_steps": 10},
-            r"c_final=0.0 must lie in \[0, 1\], with c_decay='exp' above 0",
-        ),
-        ({"msign_steps": 6}, "msign_steps=6 must be at least 7; the default is 8"),
-        ({"beta2": 1.0}, r"beta2=1.0 must lie in \[0, 1\)"),
-        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be finite and not negative"),
-        ({"apply_to": "1d"}, "apply_to='1d' must be one of all, 2d"),
-        ({"lr": -1.0}, "lr=-1.0 must not be negative"),
-    ],
-)
-def test_errors_name_value_rule_and_way_out(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SpectralClip(params_of((4, 4)), **settings)
-
-
-def test_other_errors() -> None:
+def test_what_it_refuses() -> None:
     with pytest.raises(ValueError, match=r"shape \(2, 3, 4\) is no matrix"):
         SpectralClip(params_of((2, 3, 4)))
     params = params_of((4, 4))
