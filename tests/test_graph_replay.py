@@ -100,7 +100,9 @@ class Training:
             found |= {f"{key} of {name}": value for key, value in state.items()}
         for number, batch in enumerate(self.optimizer.batches):
             seen = vars(batch.stats) if batch.stats else {}
-            found |= {f"{key} seen in batch {number}": value.clone() for key, value in seen.items()}
+            found |= {
+                f"{key} seen in batch {number}": v.clone() for key, v in seen.items() if v is not None
+            }
         return found
 
 

@@ -11,9 +11,10 @@ from conftest import Megatron
 from probes import save
 from torch.overrides import TorchFunctionMode
 
-from sso_megatron import SSO, MuonSphere
+from sso_megatron import SSO, MuonSphere, Spectra, SpectralAdam, SpectralClip
 from sso_megatron.cli.bench_meters import HostSyncs
 from sso_megatron.optimizers.base import SpectralOptimizer
+from sso_megatron.optimizers.measures import StepMeasures
 
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 SHAPES = [(96, 96), (96, 96), (128, 80), (80, 128), (192, 48), (48, 192), (8, 8), (40, 1)]
@@ -97,6 +98,18 @@ def test_no_host_synchronisation_after_the_first_step(kind: Any, settings: dict[
         assert syncs.count == 0, syncs.sources
         with NoHostReads():
             step()
+
+
+@pytest.mark.parametrize("kind", [SSO, MuonSphere, Spectra, SpectralClip, SpectralAdam])
+def test_a_measured_step_waits_no_more(kind: Any) -> None:
+    step = make(kind)
+    (optimizer,) = (cell.cell_contents for cell in step.__closure__ if hasattr(cell.cell_contents, "step"))
+    for measures in (StepMeasures(), StepMeasures()):
+        optimizer.measures = measures
+        with HostSyncs() as syncs, NoHostReads():
+            step()
+        assert syncs.count == 0, syncs.sources
+        assert len(measures.parts) == len(measures.whole) == len(SHAPES)
 
 
 def test_bisection_does_wait() -> None:

@@ -49,6 +49,11 @@ class WholeFactor:
         """Mean singular value of ``Z``, ``(b,)``."""
         return torch.linalg.vecdot(self._Z, self._Phi).sum(dim=-1) / self._Z.size(-1)
 
+    @property
+    def nuclear_rank(self) -> Tensor:
+        """``||Z||_*^2 / ||Z||_F^2``, ``(b,)``; 0 of a zero matrix. Before ``changed``."""
+        return (self.mean * self._Z.size(-1)).square()  # Z is of Frobenius norm 1
+
     def times_h(self, X: Tensor) -> Tensor:
         """``H X`` for ``(b, q, k)``."""
         return times_thin(self._Z.mT, times_thin(self._Phi, X))
@@ -88,6 +93,12 @@ class CutFactor:
     def mean(self) -> Tensor:
         """Mean singular value of ``Z``, ``(b,)``."""
         return torch.linalg.vecdot(self._R, self._Q).sum(dim=-1) / self._R.size(-1)
+
+    @property
+    def nuclear_rank(self) -> Tensor:
+        """``||Z||_*^2 / ||Z||_F^2``, ``(b,)``; 0 of a zero matrix."""
+        square = self._R.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        return (self.mean * self._R.size(-1)).square() / square.clamp_min(torch.finfo(torch.float32).tiny)
 
     def times_h(self, X: Tensor) -> Tensor:
         """``H X`` for ``(b, q, k)``."""

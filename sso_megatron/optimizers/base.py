@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from sso_megatron.optimizers.batches import MatrixBatch, Member
 from sso_megatron.optimizers.config import SpectralConfig
 from sso_megatron.optimizers.matrix_optimizer import FindLayout, MatrixOptimizer
+from sso_megatron.optimizers.measures import StepMeasures, spectral_norms
 from sso_megatron.optimizers.schedule import ExchangedBatches
 from sso_megatron.parallel.exchange import Exchange
 from sso_megatron.parallel.shards import copy_all_
@@ -33,9 +34,15 @@ class SpectralOptimizer(MatrixOptimizer):
     Attributes:
         on_written: called in a step with parameters that the step is done with, as soon as it is: each
             parameter once, those without a gradient included.
+        measures: takes what the next steps do to each matrix; None, as it is at first, costs nothing.
+        own_columns: names of what ``measured`` gives, but for ``spectral_norm``.
+        finds_norms: whether it gives that, too: the step finds it anyway.
     """
 
     on_written: Callable[[list[Tensor]], None] | None = None
+    measures: StepMeasures | None = None
+    own_columns: tuple[str, ...] = ()
+    finds_norms = False
 
     def __init__(
         self,
@@ -54,10 +61,9 @@ class SpectralOptimizer(MatrixOptimizer):
         super().__init__(params, lr=lr, shared=shared, find_layout=find_layout)
 
     def __getstate__(self) -> dict[str, Any]:
-        """As that of ``MatrixOptimizer``, without ``on_written``."""
+        """As that of ``MatrixOptimizer``, without ``on_written`` and ``measures``."""
         own = super().__getstate__() | {"_unfinished": Counter()}
-        own.pop("on_written", None)
-        return own
+        return {name: value for name, value in own.items() if name not in ("on_written", "measures")}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -81,7 +87,7 @@ class SpectralOptimizer(MatrixOptimizer):
                     "gradients to torch.optim.SparseAdam"
                 )
             self.take_gradient_(param, param.grad)
-        schedule = self._scheduled()
+        schedule = self.schedule
         if self.on_written is not None:
             members = (member for batch in schedule.batches for member in batch.members)
             # Of some cut matrices this rank holds nothing, and hears nothing.
@@ -136,9 +142,15 @@ class SpectralOptimizer(MatrixOptimizer):
         self._write(batch.here, batch.placement.own(W))
 
     def _update(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
+        known = {}
+        if self.measures is not None and not self.finds_norms:
+            known["spectral_norm"] = spectral_norms(batch, W)
         if self._weight_decay:
             W.mul_(1 - batch.group["lr"] * self._weight_decay)
         self.update_batch_(batch, W, N)
+        if self.measures is not None:
+            known |= self.measured(batch)
+            self.measures.add_whole(batch, [known[name] for name in self.columns])
 
     def _read(self, members: list[Member], weights: list[Tensor], directions: list[Tensor]) -> None:
         """Put this rank's part of weights and momentum directions into the places given."""
@@ -189,9 +201,11 @@ class SpectralOptimizer(MatrixOptimizer):
 
         A parameter without a gradient is left as it is, as every torch optimizer does.
         """
-        for member, value in zip(members, values, strict=True):
-            if member.param.grad is not None:
-                member.split.write_(member.param.detach(), value)
+        changed = [(m, v) for m, v in zip(members, values, strict=True) if m.param.grad is not None]
+        if self.measures is not None:
+            self.measures.add_parts([member for member, _ in changed], [value for _, value in changed])
+        for member, value in changed:
+            member.split.write_(member.param.detach(), value)
         self._finish(members)
 
     def _finish(self, members: list[Member]) -> None:
@@ -217,3 +231,12 @@ class SpectralOptimizer(MatrixOptimizer):
             N: ``(b, p, q)`` what ``read_directions`` gave, here the momentum, same dtype.
         """
         raise NotImplementedError
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of what ``measures`` gets of every matrix."""
+        return ("spectral_norm", *self.own_columns)
+
+    def measured(self, batch: MatrixBatch) -> dict[str, Tensor]:
+        """``own_columns`` of the step just taken, ``(b,)`` for ``batch.here``."""
+        return {}

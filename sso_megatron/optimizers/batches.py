@@ -50,6 +50,7 @@ class MatrixBatch:
         mode: name of the placement, ``local`` when they lie whole on this rank.
         cache: what the algorithm keeps for this batch from step to step; None before the first.
         stats: what the last step reported, one entry for each of ``here``; None before the first.
+        norm_basis: from which spectral norms are found again where steps do not find them.
     """
 
     members: list[Member]
@@ -59,6 +60,7 @@ class MatrixBatch:
     mode: str
     cache: Any = None
     stats: Any = field(default=None, repr=False)
+    norm_basis: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def here(self) -> list[Member]:

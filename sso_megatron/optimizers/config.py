@@ -4,6 +4,7 @@ Command-line flags and the tables in the documentation are generated from these 
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +65,11 @@ class SpectralConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        for pattern in self.exclude:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                require(self, "exclude", False, f"must be regular expressions; {pattern!r} has {error}")
         check_positive(self, "flops_per_byte")
         require(self, "workspace_mib", self.workspace_mib >= 1, "must be at least 1")
 

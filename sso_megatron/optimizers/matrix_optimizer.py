@@ -136,9 +136,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
     @property
     def batches(self) -> list[MatrixBatch]:
         """Batches of logical matrices; those of cut ones in the same order on every rank of their group."""
-        return self._scheduled().batches
+        return self.schedule.batches
 
-    def _scheduled(self) -> Schedule:
+    @property
+    def schedule(self) -> Schedule:
+        """What a step does, in its order."""
         # Made late: Megatron puts fp32 master weights into the groups after construction.
         if self._schedule is None:
             self._schedule = make_schedule(self.param_groups, self._layout, self.shared, self)

@@ -31,6 +31,8 @@ class Spectra(SpectralOptimizer):
         >>> optimizer = Spectra(matrices, lr=1e-3)
     """
 
+    own_columns = ("spike_share",)
+
     def __init__(
         self,
         params: ParamsT,
@@ -95,6 +97,13 @@ class Spectra(SpectralOptimizer):
             batch.cache = self._start(batch, N)
         lr = batch.group["lr"]
         batch.stats = spectra_step_(W, N, batch.cache, lr=lr, rule=self._rule, part=part)
+
+    def measured(self, batch: MatrixBatch) -> dict[str, Tensor]:
+        """``spike_share``: the part of ``||M||_F^2`` that the spike made up, as far as it was found."""
+        spike = batch.stats.spike.square().sum(dim=-1)
+        num_others = min(batch.shape) - batch.stats.spike.size(-1)
+        tail = batch.stats.tail_rms.square() * num_others
+        return {"spike_share": spike / (spike + tail).clamp_min(torch.finfo(spike.dtype).tiny)}
 
     def _start(self, batch: MatrixBatch, M: Tensor) -> SpectraCache:
         """From a checkpoint, else from the first momentum."""

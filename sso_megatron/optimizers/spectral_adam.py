@@ -32,6 +32,7 @@ class SpectralAdam(SpectralOptimizer):
 
     state_names = ("exp_avg", "exp_avg_sq")
     counts_steps = True
+    own_columns = ("divided",)
 
     def __init__(
         self,
@@ -134,6 +135,10 @@ class SpectralAdam(SpectralOptimizer):
         """Whether vector and norm are there."""
         has_vector = "gradient_vector" in state and state["gradient_vector"].shape == (batch.shape[1], 1)
         return has_vector and "gradient_norm" in state
+
+    def measured(self, batch: MatrixBatch) -> dict[str, Tensor]:
+        """``divided``: whether the gradient was divided by its spectral norm."""
+        return {"divided": batch.stats.divided}
 
     def polar_work(self) -> PolarWork:
         """No Newton-Schulz iteration at all."""

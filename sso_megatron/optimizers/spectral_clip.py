@@ -57,6 +57,7 @@ class SpectralClip(SpectralOptimizer):
 
     takes_vectors = True
     counts_steps = True
+    own_columns = ("clipped_share",)
 
     def __init__(
         self,
@@ -210,7 +211,7 @@ class SpectralClip(SpectralOptimizer):
 
     def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
         """Clip the direction and step, in place; see ``updates.spectral_clip.clipped_step_``."""
-        clipped_step_(
+        batch.stats = clipped_step_(
             W,
             N,
             c=self._steps[batch.members[0].param].c,
@@ -218,7 +219,12 @@ class SpectralClip(SpectralOptimizer):
             lr=batch.group["lr"],
             coefficients=self._coefficients,
             total=batch.placement.total,
+            measures=self.measures is not None,
         )
+
+    def measured(self, batch: MatrixBatch) -> dict[str, Tensor]:
+        """``clipped_share``: the part of ``||U||_F^2`` that clipping took away."""
+        return {"clipped_share": batch.stats}
 
     @torch.no_grad()
     def pre_clip_(self) -> None:

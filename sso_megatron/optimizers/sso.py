@@ -48,6 +48,8 @@ class SSO(SpectralOptimizer):
         >>> optimizer = SSO(matrices, lr=1e-2, radius_scaler=2.0)
     """
 
+    finds_norms = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -105,6 +107,30 @@ class SSO(SpectralOptimizer):
     def _complete(self, config: SSOConfig) -> SSOConfig:
         return config
 
+    @property
+    def own_columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Of the sphere and of the search for lambda; see ``measured``."""
+        bounded = ("relative_step",) if self._rule.hard_retraction else ()
+        search = ("lam", "num_trials", "converged") if self._search else ()
+        ranked = () if self._search == "bisection" else ("nuclear_rank",)
+        return ("radius", "radius_error", *bounded, "residual", *search, *ranked)
+
+    def measured(self, batch: MatrixBatch) -> dict[str, Tensor]:
+        """What the step saw of each matrix.
+
+        ``radius_error``: ``||W||_2 / R - 1`` before the step; ``relative_step``: ``lr scale / R``, by which
+        one step changes that at most; ``nuclear_rank``: ``||Z||_*^2 / ||Z||_F^2`` of what ``msign`` was
+        taken of, the momentum and SSO's ``lam u v^T``.
+        """
+        stats, cache, lr = batch.stats, batch.cache, batch.group["lr"]
+        # The step found the norm after weight decay.
+        norms = stats.sigma / (1 - lr * self._weight_decay)
+        known = {"radius": cache.radius, "radius_error": norms / cache.radius - 1, "spectral_norm": norms}
+        scale = update_scale(batch.shape, self.config.scale_mode, cache.radius)
+        known["relative_step"] = lr * scale / cache.radius
+        names = ("lam", "residual", "num_trials", "converged", "nuclear_rank")
+        return known | {name: getattr(stats, name) for name in names}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``SpectralOptimizer``'s.
 
@@ -161,6 +187,7 @@ class SSO(SpectralOptimizer):
             lr=batch.group["lr"],
             rule=self._rule,
             total=batch.placement.total,
+            measures=self.measures is not None,
         )
 
     def _warm_up(self, batch: MatrixBatch, W: Tensor) -> None:
@@ -217,8 +244,7 @@ class SSO(SpectralOptimizer):
         return has_radius and side in state and state[side].shape == wanted
 
     def _side(self, batch: MatrixBatch) -> str:
-        """Which singular vectors the cache holds: those of the short side, whatever the placement."""
-        return "right_vectors" if batch.shape[0] >= batch.shape[1] else "left_vectors"
+        return _side(batch.shape)
 
     def _go_on_from(self, state: MatrixState, batch: MatrixBatch, cache: SpectralCache, index: int) -> None:
         cache.lam[index], cache.slope[index] = state["lam"], state["slope"]
@@ -260,6 +286,11 @@ class SSO(SpectralOptimizer):
             matrices = batch.whole([shard * factor for shard, factor in shards])
             for member, matrix, radius in zip(batch.members, matrices, radii, strict=True):
                 yield member.name, matrix, radius
+
+
+def _side(shape: tuple[int, int]) -> str:
+    """Which singular vectors a cache holds: those of the short side, whatever the placement."""
+    return "right_vectors" if shape[0] >= shape[1] else "left_vectors"
 
 
 class MuonSphere(SSO):

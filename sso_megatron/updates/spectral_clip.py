@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sso_megatron.linalg.coefficients import Coefficients
-from sso_megatron.linalg.polar import Total
+from sso_megatron.linalg.polar import Total, frobenius_norm
 from sso_megatron.linalg.spectral_clip import spectral_clip
 
 # Where the schedule of c would reach 0, or the learning rate starts from 0: such a step moves nothing.
@@ -85,7 +85,8 @@ def clipped_step_(
     lr: Tensor | float,
     coefficients: Coefficients,
     total: Total | None = None,
-) -> None:
+    measures: bool = False,
+) -> Tensor | None:
     """``W <- W - lr scale H_c(U)`` in place.
 
     Args:
@@ -97,8 +98,20 @@ def clipped_step_(
         coefficients: Newton-Schulz polynomials.
         total: sum over the ranks that hold the other rows; None for whole matrices. It is called once,
             with ``(b, n, n)`` float64 numbers.
+        measures: whether the result is wanted, for which ``total`` is called once more, with ``(b, 2)``.
+
+    Returns:
+        ``(b,)``, ``1 - ||H_c(U)||_F^2 / ||U||_F^2``: what clipping took away; None if not wanted.
     """
-    W.sub_(spectral_clip(U, c, coefficients, total).mul_(scale * lr))
+    H = spectral_clip(U, c, coefficients, total)
+    squares = (
+        torch.stack([frobenius_norm(H), frobenius_norm(U)], dim=1).double().square() if measures else None
+    )
+    W.sub_(H.mul_(scale * lr))
+    if squares is None:
+        return None
+    clipped, unclipped = (squares if total is None else total(squares)).unbind(dim=1)
+    return 1 - torch.where(unclipped > 0, clipped / unclipped, 1)
 
 
 def clip_vectors_(vectors: list[Tensor], norms: Tensor, c: Tensor | float, is_continuous: bool) -> None:

@@ -89,6 +89,8 @@ class SSOStats:
         num_trials: ``(b,)`` trials; bisection's are all of ``msign``, of tracking's the last.
         converged: ``(b,)`` whether the search came near enough: bisection to its tolerance; tracking to
             0.3, from where a rotation costs less than a thousandth of the objective.
+        nuclear_rank: ``(b,)`` ``||Z||_*^2 / ||Z||_F^2`` of the matrix that ``msign`` was taken of; None
+            where nobody asked, and with bisection.
     """
 
     sigma: Tensor
@@ -96,6 +98,7 @@ class SSOStats:
     residual: Tensor
     num_trials: Tensor
     converged: Tensor
+    nuclear_rank: Tensor | None = None
 
 
 # A start without state: passes of the power iteration (random block, no gap known), and trials of the
@@ -187,6 +190,7 @@ def sso_step_(
     lr: Tensor | float,
     rule: SSORule,
     total: Total | None = None,
+    measures: bool = False,
 ) -> SSOStats:
     """Retract, solve, update: ``W <- retract(W) - lr * scale * Phi`` in place.
 
@@ -199,6 +203,7 @@ def sso_step_(
         rule: the step's settings.
         total: sum over the ranks that hold the other rows; None for whole matrices. It is called twice a
             step, with ``(b, n, n + 1)`` and ``(b, n + 1)`` float64 numbers.
+        measures: whether the nuclear rank is wanted.
     """
     if total is None:
         top = retract_to_spectral_sphere_(W, cache, lr=lr, rule=rule)
@@ -214,7 +219,7 @@ def sso_step_(
     # A momentum that is zero, or subnormal all over, has no direction, and msign(lam u v^T) would be a
     # step along the weight itself.
     moves = norm >= torch.finfo(W.dtype).tiny
-    Phi, stats = _direction(line, top, moves, cache, rule)
+    Phi, stats = _direction(line, top, moves, cache, rule, measures)
     W.addcmul_(Phi, (moves.to(Phi.dtype) * scale * -lr).to(Phi.dtype)[:, None, None])
     return stats
 
@@ -237,23 +242,26 @@ def _summed_grams(W: Tensor, M: Tensor, total: Total) -> tuple[Tensor, Tensor]:
 
 
 def _direction(
-    line: PolarLine, top: TopSingular, moves: Tensor, cache: SpectralCache, rule: SSORule
+    line: PolarLine, top: TopSingular, moves: Tensor, cache: SpectralCache, rule: SSORule, measures: bool
 ) -> tuple[Tensor, SSOStats]:
     """The update's direction ``Phi``, and what was seen on the way to it."""
     if rule.tangent == "solve":
-        follow = _bisect if rule.solver == "bisection" else _track
-        return follow(line, top, moves, cache, rule)
+        if rule.solver == "bisection":
+            return _bisect(line, top, cache, rule)
+        return _track(line, top, moves, cache, rule, measures)
     factor = line.factor()
     h = (factor.w * factor.v).sum(dim=-1)
     once = torch.ones_like(h, dtype=torch.int64)
-    stats = SSOStats(top.sigma, torch.zeros_like(top.sigma), h, once, h.abs() <= rule.tolerance)
+    nuclear_rank = factor.nuclear_rank if measures else None
+    found = h.abs() <= rule.tolerance
+    stats = SSOStats(top.sigma, torch.zeros_like(top.sigma), h, once, found, nuclear_rank)
     if rule.tangent == "none":
         return factor.matrix(), stats
     return factor.changed((-h[:, None] * factor.u).unsqueeze(-1), factor.v.unsqueeze(-1)), stats
 
 
 def _track(
-    line: PolarLine, top: TopSingular, moves: Tensor, cache: SpectralCache, rule: SSORule
+    line: PolarLine, top: TopSingular, moves: Tensor, cache: SpectralCache, rule: SSORule, measures: bool
 ) -> tuple[Tensor, SSOStats]:
     """Go on from the last step's ``lam``, and rotate what is left of ``h`` away."""
 
@@ -277,13 +285,15 @@ def _track(
     for kept, value in ((cache.lam, found.next_lam), (cache.slope, found.slope), (cache.h, found.value)):
         kept.copy_(torch.where(moves, value, kept))
     trials = torch.full_like(found.lam, num_trials, dtype=torch.int64)
-    stats = SSOStats(top.sigma, found.lam, found.value, trials, found.value.abs() <= _NEAR)
     factor, rotation = found.extra
+    nuclear_rank = factor.nuclear_rank if measures else None
+    is_near = found.value.abs() <= _NEAR
+    stats = SSOStats(top.sigma, found.lam, found.value, trials, is_near, nuclear_rank)
     return factor.changed(rotation.left, rotation.right), stats
 
 
 def _bisect(
-    line: PolarLine, top: TopSingular, moves: Tensor, cache: SpectralCache, rule: SSORule
+    line: PolarLine, top: TopSingular, cache: SpectralCache, rule: SSORule
 ) -> tuple[Tensor, SSOStats]:
     """The published search, and what it leaves of ``h`` subtracted."""
     root = bisect_root(
