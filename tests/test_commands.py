@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HERE, tiny
+from terminal import Terminal
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -89,8 +90,10 @@ def test_first_run(output: Path) -> None:
     """The main job, shortened: data, training, evaluation, picture, checkpoint, one JSON line."""
     ended = first_run(output, "--iterations", "12")
     summary = json.loads(ended.stdout.splitlines()[-1])
+    progress = [line.split("  ")[0] for line in ended.stdout.splitlines() if line.startswith("iteration ")]
+    assert progress[0].endswith("/12") and progress[-1] == "iteration 12/12"
     assert list(summary) == [
-        *("first_loss", "last_loss", "val_loss", "max_radius_error", "iterations", "seconds")
+        *("first_loss", "last_loss", "val_loss", "max_radius_error", "iterations", "seconds", "time")
     ]
     assert 5.0 < summary["first_loss"] < 6.5, "about ln 264"
     assert summary["last_loss"] < 0.8 * summary["first_loss"]
@@ -102,7 +105,8 @@ def test_first_run(output: Path) -> None:
     assert (folder / "checkpoint" / "iter_0000012" / "metadata.json").exists()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["iteration"] for r in records] == list(range(1, 13))
-    assert all(0.9 < r["median_norm_over_radius"] < 1.1 for r in records if "lr" in r)
+    measured = [r["headlines"]["radius_error"] for r in records if "headlines" in r]
+    assert len(measured) == 2 and all(0 <= error < 0.1 for error in measured)
 
 
 def test_a_failed_run_shows_why(tmp_path: Path) -> None:
@@ -123,16 +127,16 @@ def test_a_failed_run_shows_why(tmp_path: Path) -> None:
 
 
 def test_nothing_outlives_a_terminated_run(tmp_path: Path) -> None:
-    """SIGTERM, as a time limit or a closed terminal sends it, ends the ranks too."""
+    """On a terminal; SIGTERM, as a time limit or a closed terminal sends it, ends the ranks too."""
     command = [sys.executable, "-m", "sso_megatron.cli.main", "first-run", "--output", str(tmp_path)]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    started = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not list(tmp_path.glob("sso-*/metrics.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert len(ranks_of(tmp_path)) >= 3, "torchrun and two ranks"
-    started.terminate()
-    assert started.wait(timeout=90) == 128 + 15
+    with Terminal(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}) as terminal:
+        terminal.wait_for(
+            "5/150", "radius ✓ ok", "activations ✓ ok", "gradients ✓ ok", "tokens/s", seconds=200
+        )
+        assert len(ranks_of(tmp_path)) >= 3, "torchrun and two ranks"
+        terminal.process.terminate()
+        assert terminal.finish(seconds=90) == 128 + 15
+        assert terminal.written.endswith(b"\x1b[?25h"), "the cursor is back"
     time.sleep(1)
     assert ranks_of(tmp_path) == []
 

@@ -118,7 +118,7 @@ def check_make(words: list[str]) -> None:
 
 def check_sso_megatron(words: list[str]) -> None:
     """Run ``data``, and ``bench`` on less; what names files of an example, or ranks, is parsed alone."""
-    from sso_megatron.cli import bench, criterion, data, export
+    from sso_megatron.cli import bench, criterion, data, export, plot, watch
     from sso_megatron.cli.main import main
 
     if words[0] == "first-run":
@@ -126,7 +126,7 @@ def check_sso_megatron(words: list[str]) -> None:
         return
     parser = argparse.ArgumentParser(exit_on_error=False)
     subparsers = parser.add_subparsers()
-    for command in (bench, criterion, data, export):
+    for command in (bench, criterion, data, export, plot, watch):
         command.add_parser(subparsers)
     options = parser.parse_args(words)
     if words[0] == "bench" and options.tp == 1:
@@ -275,7 +275,7 @@ def test_a_documented_run(tmp_path: Path) -> None:
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [record["iteration"] for record in records] == list(range(1, summary["iterations"] + 1))
         assert records[0]["loss"] == summary["first_loss"]
-        assert "median_norm_over_radius" in records[-1]
+        assert "grad_norm" in records[-1]
 
 
 # ---------------------------------------------------------------- tables, links, size

@@ -1,8 +1,8 @@
 """One training run, whatever the layout: real Megatron over Gloo against one rank, by value.
 
 Every run starts from one rank's checkpoint and takes ten iterations in float32 (the last tests: bf16).
-Losses of every iteration agree with the one-rank run to 1e-4, final weights of every logical matrix to
-1e-3, relative.
+Losses of every iteration agree with the one-rank run to 1e-4, final weights of every logical matrix and
+what the run measured of itself to 1e-3, relative.
 """
 
 import re
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILY, MOE, Megatron, Run, assert_same_run, expert_by_itself, tiny
+from measured import assert_same_measures
 
 ITERATIONS = 10
 DENSE = ["--num-layers", 4]
@@ -100,6 +101,7 @@ class Model:
         self, flags: list[object], ranks: int, tp: int, optimizer: str, calls: tuple[str, ...] = ()
     ) -> Run:
         length = ["--train-iters", ITERATIONS, "--lr-decay-iters", ITERATIONS - 1]
+        length += ["--log-spectral-metrics", ITERATIONS // 2]
         argv = tiny(*self.flags, *length, *flags, tp=tp, optimizer=optimizer)
         if "--multi-latent-attention" in argv:
             argv.remove("--group-query-attention")
@@ -143,6 +145,7 @@ def assert_same_training(model: Model, layout: tuple[int, int, list[object]], op
     reference = model.trained_with(optimizer)
     run = model.train(ranks, tp, [*flags, *FAMILY.get(optimizer, [])], optimizer)
     assert_same_run(run, reference)
+    assert_same_measures(run, reference)
     assert run.losses[-1] < run.losses[0], "it trains"
     if optimizer in ("sso", "muon_sphere"):
         assert_stored_on_the_sphere(run)
@@ -200,6 +203,7 @@ def test_other_fused_weights(megatron: Megatron, variant: str) -> None:
     assert_stored_on_the_sphere(model.reference)
     run = model.train(*layout)
     assert_same_run(run, model.reference)
+    assert_same_measures(run, model.reference)
     assert_stored_on_the_sphere(run)
 
 
@@ -221,6 +225,7 @@ def test_every_tp_mode_dense(dense: Model, mode: str, layout: str) -> None:
     ranks, tp, flags = DENSE_LAYOUTS[layout]
     run = dense.train(ranks, tp, [*flags, "--spectral-tp-mode", mode])
     assert_same_run(run, dense.reference)
+    assert_same_measures(run, dense.reference)
     # Squares that are cut by columns, such as the output projection, go to owners.
     owned = {"owner"} if mode == "distributed" else set()
     assert set().union(*run.saved("modes")) == {"local", mode} | owned  # type: ignore[arg-type]
@@ -231,6 +236,7 @@ def test_every_tp_mode_moe(moe: Model, mode: str) -> None:
     ranks, tp, flags = MOE_LAYOUTS["tp2-ep2-etp2"]
     run = moe.train(ranks, tp, [*flags, "--spectral-tp-mode", mode])
     assert_same_run(run, moe.reference)
+    assert_same_measures(run, moe.reference)
     # Squares that are cut by columns, such as the output projection, go to owners.
     owned = {"owner"} if mode == "distributed" else set()
     assert set().union(*run.saved("modes")) == {"local", mode} | owned  # type: ignore[arg-type]

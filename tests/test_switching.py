@@ -22,14 +22,16 @@ def adamw(megatron: Megatron) -> Run:
 
 def norms_over_radius(run: Run) -> tuple[float, float]:
     """Smallest and largest, as the first step found them."""
-    record = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
-    return record["smallest_norm_over_radius"], record["largest_norm_over_radius"]
+    record = json.loads((run.folder / "measures.jsonl").read_text().splitlines()[1])
+    errors = record["matrices"]["radius_error"]
+    return 1 + min(errors), 1 + max(errors)
 
 
 def go_on(
     megatron: Megatron, start: Run, *flags: object, ranks: int = 1, tp: int = 1, optimizer: str = "sso"
 ) -> Run:
-    argv = tiny(*SHORT, "--load", start.folder / "ckpt", *flags, tp=tp, optimizer=optimizer)
+    measured = ["--log-spectral-metrics", 1]
+    argv = tiny(*SHORT, "--load", start.folder / "ckpt", *measured, *flags, tp=tp, optimizer=optimizer)
     return megatron.train(argv, ranks, calls=("probes:weights",))
 
 

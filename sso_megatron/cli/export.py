@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import logging
 import os
 import sys
 import tempfile
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sso_megatron.mcore import entry, export, whole_model
+from sso_megatron.mcore import export, whole_model
 from sso_megatron.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -71,32 +67,16 @@ def _export(options: argparse.Namespace) -> str:
     if os.path.lexists(out):
         raise ValueError(f"--out {out} must not exist; name another folder, or remove it")
     folder = whole_model.find_checkpoint(options.load, options.ckpt_step)
-    # One process, whatever started it.
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    with _quiet():
-        entry.enter()
+    with whole_model.alone():
         checkpoint = whole_model.read_checkpoint(folder)
         chunks = whole_model.load_model(checkpoint)
         matrices = export.retract_(chunks, checkpoint)
         _publish(out, chunks, checkpoint, matrices, options)
-    torch.distributed.destroy_process_group()
     moves = [abs(matrix.norm / matrix.radius - 1) for matrix in matrices]
     return (
         f"{out}: iteration {checkpoint.iteration}, {len(matrices)} matrices on their spheres in "
         f"{options.dtype}, which were off by up to {max(moves, default=0.0):.2g} (relative)"
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide what Megatron and torch say: it is about training. What goes wrong is raised."""
-    logging.disable(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
 
 
 def _publish(
@@ -124,7 +104,7 @@ def _publish(
 
 def _metadata(checkpoint: whole_model.Checkpoint, num_matrices: int) -> dict[str, str]:
     """What the file says about itself; safetensors keeps strings alone."""
-    args, sso, shared = checkpoint.args, checkpoint.sso, checkpoint.shared
+    args, sso, shared = checkpoint.args, checkpoint.config, checkpoint.shared
     sizes = {name: value for name in _SIZES if (value := getattr(args, name, None)) is not None}
     run = {
         "iteration": checkpoint.iteration,

@@ -7,20 +7,15 @@ ranks, with spectral muP initialisation and a cosine schedule.
 
 import argparse
 import contextlib
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from sso_megatron.cli import data, picture
+from sso_megatron.cli import data, plot_training, watch
+from sso_megatron.cli.run_state import RunState
 
 # Numbers that fit two CPU cores: about a second an iteration, a good deal below the loss asked for.
 _MODEL = {
@@ -64,6 +59,7 @@ _TRAINING = {
     "--clip-grad": 1.0,
     "--eval-iters": 4,
     "--log-interval": 5,
+    "--log-spectral-metrics": 5,
     "--seed": 1234,
 }
 # Peak learning rates; the paper's 5e-3 belongs to 100 000 million tokens, these runs see 0.3 million.
@@ -108,11 +104,11 @@ def run(options: argparse.Namespace) -> int:
         *dataset.megatron_arguments(),
         *options.extra,
     ]
+    watch.exit_on_signals()  # a closed terminal or a time limit must stop the ranks as Ctrl-C does
     status = _train(command, folder, options.iterations)
     if status:
         return status
-    picture.draw(folder)
-    print(f"picture: {folder / 'run.png'}\ncheckpoint: {folder / 'checkpoint'}")
+    print(f"picture: {plot_training.draw_run(folder)}\ncheckpoint: {folder / 'checkpoint'}")
     print((folder / "summary.json").read_text().strip())
     return 0
 
@@ -150,11 +146,7 @@ def _train(command: list[str], folder: Path, iterations: int) -> int:
     threads = str(max(1, (os.cpu_count() or 2) // 2))
     # Megatron insists on the second under tensor parallelism on GPUs before Blackwell.
     env = {"OMP_NUM_THREADS": threads, "CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}
-    console = Console()
-    # A closed terminal or a time limit must stop the ranks as Ctrl-C does.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, frame: sys.exit(128 + received))
-    console.print(f"training; Megatron's own output is in {log_path}", soft_wrap=True)
+    print(f"training; Megatron's own output is in {log_path}", flush=True)
     with log_path.open("w") as log:
         log.write(" ".join(command) + "\n")
         log.flush()
@@ -162,8 +154,16 @@ def _train(command: list[str], folder: Path, iterations: int) -> int:
             command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
         )
         try:
-            for line in _follow(process, folder, console, iterations):
-                console.print(line)
+            try:
+                watch.follow(RunState(folder, total=iterations), lambda: process.poll() is not None)
+            except OSError as error:  # the training does not need its view
+                if isinstance(error, BrokenPipeError):
+                    watch.discard_output()
+                with contextlib.suppress(OSError):
+                    print(
+                        f"sso-megatron first-run: progress is not shown any more: {error}", file=sys.stderr
+                    )
+            process.wait()
         except BaseException:
             # torchrun passes the signal on to its ranks and ends when they have.
             process.terminate()
@@ -182,31 +182,3 @@ def _train(command: list[str], folder: Path, iterations: int) -> int:
 def _own_lines(log_path: Path) -> list[str]:
     lines = log_path.read_text().splitlines()
     return [line for line in lines if line.startswith("sso_megatron: error:")]
-
-
-def _follow(
-    process: "subprocess.Popen[bytes]", folder: Path, console: Console, iterations: int
-) -> Iterator[str]:
-    """Show progress until the process ends: a bar on a terminal, a line now and then elsewhere."""
-    metrics = folder / "metrics.jsonl"
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    shown = 0
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("starting Megatron", total=iterations)
-        while True:
-            ended = process.poll() is not None
-            # The last line may be half written.
-            lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
-            if lines:
-                last = json.loads(lines[-1])
-                text = f"loss {last['loss']:.3f}"
-                progress.update(task, completed=last["iteration"], description=text)
-                if not console.is_terminal and last["iteration"] >= shown + iterations // 10:
-                    shown = last["iteration"]
-                    yield f"iteration {shown}/{iterations}  {text}"
-            if ended:
-                return
-            time.sleep(0.5)

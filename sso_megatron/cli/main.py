@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from sso_megatron.cli import bench, criterion, data, export, first_run
+from sso_megatron.cli import bench, criterion, data, export, first_run, plot, watch
 from sso_megatron.version import __version__
 
 
@@ -19,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     export.add_parser(subparsers)
     bench.add_parser(subparsers)
     criterion.add_parser(subparsers)
+    plot.add_parser(subparsers)
+    watch.add_parser(subparsers)
     options = parser.parse_args(argv)
     try:
         return int(options.run(options))

@@ -12,7 +12,13 @@ from typing import Any, NoReturn
 
 from sso_megatron.mcore import compat, cpu, model_building
 from sso_megatron.mcore.kinds import CONFIGS, OPTIMIZERS, flag_fields, flags_of, from_schedule
-from sso_megatron.mcore.refusals import check_criterion, check_request, refuse_idle_flags, unread_flags
+from sso_megatron.mcore.refusals import (
+    check_criterion,
+    check_metrics,
+    check_request,
+    refuse_idle_flags,
+    unread_flags,
+)
 from sso_megatron.mcore.registration import register
 from sso_megatron.optimizers.config import SpectralConfig
 from sso_megatron.optimizers.settings import choices_of
@@ -33,7 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--spectral-run-dir",
         metavar="DIR",
-        help="write metrics.jsonl (losses, spectral norms) and summary.json into this folder",
+        help="write run.json, metrics.jsonl (losses, headlines), measures.jsonl (all that is measured) "
+        "and summary.json into this folder",
+    )
+    group.add_argument(
+        "--log-spectral-metrics",
+        type=int,
+        metavar="N",
+        help="every N iterations, with any optimizer, measure what the step did to each weight, "
+        "activations, attention logits and expert load; into --spectral-run-dir, TensorBoard and Weights "
+        "& Biases",
+    )
+    group.add_argument(
+        "--spectral-health",
+        default="warn",
+        metavar="{off,warn,stop}",
+        help="with --log-spectral-metrics: warn names the module where a weight leaves its sphere, solves "
+        "fail, activations explode or experts die; stop also ends all ranks, exit code 3 (default warn)",
     )
     group.add_argument(
         "--log-spectral-criterion",
@@ -104,6 +126,7 @@ def check_and_register(args: argparse.Namespace) -> None:
     """
     refuse_idle_flags(args)
     check_criterion(args)
+    check_metrics(args)
     if args.optimizer in OPTIMIZERS:
         check_request(args)
         note = unread_flags(args)

@@ -28,7 +28,7 @@ class UnsupportedError(ValueError):
 
 def check_versions() -> None:
     """Raise UnsupportedError unless megatron-core and emerging-optimizers are of a tested version."""
-    _check("megatron-core", _megatron_version(), SUPPORTED_MEGATRON, "megatron-core[training]")
+    _check("megatron-core", megatron_version(), SUPPORTED_MEGATRON, "megatron-core[training]")
     try:
         emerging = version("emerging-optimizers")
     except PackageNotFoundError:
@@ -36,7 +36,7 @@ def check_versions() -> None:
     _check("emerging-optimizers", emerging, SUPPORTED_EMERGING, "emerging-optimizers")
 
 
-def _megatron_version() -> str | None:
+def megatron_version() -> str | None:
     """Version of the ``megatron.core`` that an import would find; a checkout may hide the wheel.
 
     It is read from the file: importing Megatron here would be too early for the CPU rehearsal.

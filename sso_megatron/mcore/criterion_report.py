@@ -2,20 +2,22 @@
 
 import json
 import math
-import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-_LAYER = re.compile(r"^(?P<stack>.*?)layers\.(?P<layer>\d+)\.(?P<module>.*)$")
-_EXPERT = re.compile(r"(?<=experts\.)local_experts\.\d+\.|(?<=\.weight)\d+")
+from sso_megatron.mcore.names import place_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -49,46 +51,68 @@ def read(folder: Path, since: int = 0) -> tuple[list[Cell], list[int]]:
         OSError: the file cannot be read.
     """
     path = folder / "metrics.jsonl"
-    records = {n: found for n, found in _records(path).items() if n >= since}
+    found = by_iteration(read_lines(path))
+    records = {n: line["criterion"] for n, line in found.items() if n >= since and "criterion" in line}
     if not records:
         when = f" from iteration {since} on" if since else ""
         raise ValueError(f"{path} has no criterion{when}; train with --log-spectral-criterion N")
+    return cells_from(records.values()), sorted(records)
+
+
+def cells_from(records: Iterable[dict[str, dict[str, float | None]]]) -> list[Cell]:
+    """Every module of every layer.
+
+    Args:
+        records: the criterion of each measured iteration, as ``metrics.jsonl`` has it.
+    """
     seen: dict[tuple[str, int | None], list[dict[str, float | None]]] = {}
-    for record in records.values():
+    for record in records:
         for name, values in record.items():
-            seen.setdefault(_place(name), []).append(values)
-    cells = [
+            seen.setdefault(place_of(name), []).append(values)
+    return [
         Cell(module, layer, *(_median([v[key] for v in all_values]) for key in _VALUES))
         for (module, layer), all_values in seen.items()
     ]
-    return cells, sorted(records)
 
 
-def _records(path: Path) -> dict[int, dict[str, dict[str, float | None]]]:
-    """The criterion by iteration; of one that a resumed run has done again, the last."""
-    found = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines, without those that a killed run has not finished.
+
+    A line that is no object is left out, too.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open() as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict):
+                yield record
+            else:
+                print(f"{path}, line {number} is not whole, and is left out", file=sys.stderr)
+
+
+def by_iteration(records: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Records that have an iteration, ascending.
+
+    One that is not beyond the last begins a resumed part, which replaces what came after.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for record in records:
         try:
-            record: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:  # of a run that was killed while it wrote
-            print(f"{path}, line {number} is not whole, and is left out", file=sys.stderr)
+            iteration = int(record["iteration"])
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue
-        if "criterion" in record:
-            found[int(record["iteration"])] = record["criterion"]
+        while found and next(reversed(found)) >= iteration:
+            found.popitem()
+        found[iteration] = record
     return found
 
 
 _VALUES = ("nuclear_rank", "stable_rank", "gain")
-
-
-def _place(name: str) -> tuple[str, int | None]:
-    """Module and layer of a weight's name, and kind of matrix."""
-    name = _EXPERT.sub("", name).replace(".weight", "")
-    found = _LAYER.match(name)
-    if found is None:
-        return name, None
-    stack = found["stack"].removeprefix("decoder.")
-    return stack + found["module"], int(found["layer"])
 
 
 def _median(values: Sequence[float | None]) -> float | None:
@@ -158,40 +182,63 @@ def draw(path: Path, cells: Sequence[Cell]) -> None:
         path: picture to write.
         cells: from ``read``.
     """
-    import matplotlib
+    figure_of({"": cells}).savefig(path, dpi=120)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    by_module = modules(cells)
+def figure_of(runs: Mapping[str, Sequence[Cell]]) -> "Figure":
+    """Heat maps under each other, of each run by its name."""
+    from matplotlib.figure import Figure
+
+    tables = {name: _gains(cells) for name, cells in runs.items()}
+    widths = [2 + 0.75 * len(modules) for modules, _, _ in tables.values()]
+    heights = [2.5 + 0.3 * len(rows) for _, rows, _ in tables.values()]
+    figure = Figure(figsize=(max(widths), sum(heights)), layout="constrained")
+    all_axes = figure.subplots(len(runs), 1, squeeze=False, height_ratios=heights)[:, 0]
+    title = "Gain of a spectral update: nuclear rank of G / stable rank of A"
+    for axis, (name, table) in zip(all_axes, tables.items(), strict=True):
+        _draw_heat_map(axis, *table)
+        axis.set_title(f"{name}\n{title}" if name else title)
+    return figure
+
+
+_MAX_ROWS = 40
+"""Of a heat map; a deeper model has several layers a row."""
+
+
+def _gains(cells: Sequence[Cell]) -> tuple[list[str], list[str], list[list[float | None]]]:
+    """Names of modules, names of layers or of runs of layers, and the median gain of each pair."""
     layers = sorted({cell.layer for cell in cells if cell.layer is not None})
-    rows: list[int | None] = [*layers]
+    size = math.ceil(len(layers) / _MAX_ROWS) or 1
+    blocks: list[list[int | None]] = [[*layers[i : i + size]] for i in range(0, len(layers), size)]
     if any(cell.layer is None for cell in cells):
-        rows.append(None)
-    gains = {(cell.module, cell.layer): cell.gain for cell in cells}
-    logs = [
-        [math.log2(gain) if (gain := gains.get((module, row))) else math.nan for module in by_module]
-        for row in rows
+        blocks.append([None])
+    by_module = modules(cells)
+    rows = [str(b[0]) if len(b) == 1 else f"{b[0]}-{b[-1]}" for b in blocks]
+    gains = [
+        [_median([cell.gain for cell in found if cell.layer in block]) for found in by_module.values()]
+        for block in blocks
     ]
+    return list(by_module), ["-" if row == "None" else row for row in rows], gains
+
+
+def _draw_heat_map(
+    axis: "Axes", by_module: list[str], rows: list[str], gains: list[list[float | None]]
+) -> None:
+    logs = [[math.log2(gain) if gain else math.nan for gain in row] for row in gains]
     limit = max((abs(x) for row in logs for x in row if math.isfinite(x)), default=1.0) or 1.0
-    figure, axis = plt.subplots(figsize=(2 + 0.75 * len(by_module), 2.5 + 0.3 * len(rows)))
     # Blue and orange: told apart by the colour-blind, and both dark at the ends beside the numbers.
     image = axis.imshow(logs, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
-    for y, row in enumerate(rows):
-        for x, module in enumerate(by_module):
-            gain = gains.get((module, row))
+    axis.grid(visible=False)
+    for y, row in enumerate(gains):
+        for x, gain in enumerate(row):
             if gain is not None:
-                is_dark = abs(logs[y][x]) > 0.6 * limit
-                text = f"{gain:.2g}"
-                axis.text(x, y, text, ha="center", va="center", size=7, color="w" if is_dark else "k")
-    axis.set_xticks(range(len(by_module)), list(by_module), rotation=60, ha="right", size=8)
-    axis.set_yticks(range(len(rows)), ["-" if row is None else str(row) for row in rows], size=8)
-    axis.set(ylabel="layer", title="Gain of a spectral update: nuclear rank of G / stable rank of A")
-    bar = figure.colorbar(image, ax=axis)
-    bar.set_label("log2 of the gain; above 0 it helps")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+                color = "w" if abs(logs[y][x]) > 0.6 * limit else "k"
+                axis.text(x, y, f"{gain:.2g}", ha="center", va="center", size=7, color=color)
+    axis.set_xticks(range(len(by_module)), by_module, rotation=60, ha="right", size=8)
+    axis.set_yticks(range(len(rows)), rows, size=8)
+    axis.set_ylabel("layer")
+    bar = axis.figure.colorbar(image, ax=axis)
+    bar.set_label("log2 of the gain")
 
 
 def show(folder: Path) -> None:

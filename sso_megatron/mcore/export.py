@@ -26,6 +26,7 @@ from sso_megatron.mcore.compat import OPTIONAL_STATE
 from sso_megatron.mcore.names import expert_by_itself, global_names
 from sso_megatron.mcore.registration import prepare_model
 from sso_megatron.mcore.whole_model import Checkpoint, sharding_metadata
+from sso_megatron.optimizers.config import SSOConfig
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def retract_(chunks: list[Any], checkpoint: Checkpoint) -> list[Matrix]:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     radius_of = _radii(checkpoint)
     matrices = []
-    for param, layout in prepare_model(chunks, checkpoint.sso, shared, groups):
+    for param, layout in prepare_model(chunks, checkpoint.config, shared, groups):
         for split in layout.splits:
             name = expert_by_itself(layout.matrix_name(split))
             W, radius = split.read(param).double(), radius_of(name, split)
@@ -78,7 +79,7 @@ def retract_(chunks: list[Any], checkpoint: Checkpoint) -> list[Matrix]:
 
 def _radii(checkpoint: Checkpoint) -> Callable[[str, Split], float]:
     """A function from a matrix's name and rows to its radius."""
-    sso = checkpoint.sso
+    sso: SSOConfig = checkpoint.config
     if sso.radius_mode != "from_weights":
         return lambda name, split: target_radius(split.shape, sso.radius_mode, sso.radius_scaler)
     radii = stored_radii(checkpoint.folder)

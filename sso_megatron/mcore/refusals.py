@@ -211,3 +211,24 @@ def check_criterion(args: argparse.Namespace) -> None:
             f"{flag} with --cuda-graph-impl {args.cuda_graph_impl}: a replayed forward pass cannot be "
             "looked at; leave one out"
         )
+
+
+def check_metrics(args: argparse.Namespace) -> None:
+    """Refuse measurements that nobody would see, or that cannot be made."""
+    health = f"--spectral-health {args.spectral_health}"
+    if args.spectral_health not in ("off", "warn", "stop"):
+        raise ValueError(f"{health} must be one of off, warn, stop")
+    if args.log_spectral_metrics is None:
+        if args.spectral_health == "stop":
+            raise ValueError(f"{health} goes by what is measured; give --log-spectral-metrics N")
+        return
+    flag = f"--log-spectral-metrics {args.log_spectral_metrics}"
+    if args.log_spectral_metrics < 1:
+        raise ValueError(f"{flag} must be at least 1; leave it out to measure nothing")
+    if not (args.spectral_run_dir or args.tensorboard_dir or args.wandb_project):
+        raise ValueError(
+            f"{flag} has nowhere to write; name --spectral-run-dir, --tensorboard-dir or --wandb-project"
+        )
+    for name in ("use_torch_fsdp2", "use_megatron_fsdp"):
+        if getattr(args, name, False):
+            raise ValueError(f"{flag} with --{name.replace('_', '-')}: is not known to work; leave one out")

@@ -7,21 +7,27 @@ are read as they are stored.
 """
 
 import argparse
+import contextlib
 import copy
+import io
+import logging
+import os
 import re
 import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sso_megatron.mcore import cpu
-from sso_megatron.mcore.arguments import configs_from
+from sso_megatron.mcore import cpu, entry
+from sso_megatron.mcore.arguments import config_from, configs_from
 from sso_megatron.mcore.checkpoint_check import stored_contents
 from sso_megatron.mcore.checkpoint_folder import TRACKER, is_complete, iteration_folder
 from sso_megatron.mcore.kinds import OPTIMIZERS
-from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
+from sso_megatron.optimizers.config import SpectralConfig
 
 _WITH_SPHERES = " and ".join(name for name, kind in OPTIMIZERS.items() if kind.has_spheres)
 # What says which matrices there are and how large their spheres: never taken from our defaults.
@@ -66,13 +72,13 @@ _LOADING = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A torch_dist checkpoint of a run that held its weights on spheres.
+    """A torch_dist checkpoint of a run.
 
     Attributes:
         folder: that of one iteration.
         iteration: of the training.
         args: Megatron's validated arguments of the run.
-        sso: settings of its optimizer.
+        config: settings of its optimizer; None for one of Megatron's.
         shared: settings that all spectral optimizers share.
         common: what else was stored beside the tensors.
     """
@@ -80,9 +86,40 @@ class Checkpoint:
     folder: Path
     iteration: int
     args: argparse.Namespace
-    sso: SSOConfig
+    config: Any
     shared: SpectralConfig
     common: dict[str, Any]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only rank and knows Megatron, whatever started it.
+
+    What Megatron and torch say is hidden: it is about training. What goes wrong is raised. At the end
+    process groups and Megatron's global state are gone, so that it can be entered again.
+    """
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            entry.enter()
+            yield
+        finally:
+            _forget_megatron()
+            logging.disable(logging.NOTSET)
+
+
+def _forget_megatron() -> None:
+    from megatron.core import mpu, num_microbatches_calculator, rerun_state_machine
+    from megatron.training import global_vars
+
+    mpu.destroy_model_parallel()
+    num_microbatches_calculator.destroy_num_microbatches_calculator()
+    rerun_state_machine.destroy_rerun_state_machine()
+    global_vars.destroy_global_vars()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def find_checkpoint(root: Path, step: int | None = None) -> Path:
@@ -128,11 +165,27 @@ def _listed(steps: list[int]) -> str:
     return ", ".join(map(str, steps)) or "none"
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Arguments and settings of a checkpoint; ``mcore.enter`` must have been called. No collective.
+def find_checkpoints(root: Path) -> list[Path]:
+    """The folders of all iterations that are complete, or that of the last one alone; reads no tensors.
 
     Raises:
-        ValueError: it was not trained on spheres, or on spheres that depend on its layout.
+        ValueError: see ``find_checkpoint``.
+    """
+    last = find_checkpoint(root)
+    others = {path for path in root.glob("iter_*") if path.name[5:].isdigit() and is_complete(path)}
+    return sorted(others | {last})
+
+
+def read_checkpoint(folder: Path, *, needs_spheres: bool = True) -> Checkpoint:
+    """Arguments and settings of a checkpoint; ``mcore.enter`` must have been called. No collective.
+
+    Args:
+        folder: of one iteration.
+        needs_spheres: take only a run that held its weights on spheres, and says on which.
+
+    Raises:
+        ValueError: it holds no arguments; or, if needed, it was not trained on spheres, or on spheres that
+            depend on its layout.
     """
     from megatron.core.dist_checkpointing import load_common_state_dict
 
@@ -142,6 +195,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(
             f"{folder} holds no arguments of its run; it must be one that Megatron's loop saved"
         )
+    if needs_spheres:
+        _check_spheres(folder, stored)
+    args = argparse.Namespace(**{**vars(_default_arguments()), **vars(stored)})
+    is_ours = args.optimizer in OPTIMIZERS
+    config, shared = configs_from(args) if is_ours else (None, config_from(args, "spectral"))
+    return Checkpoint(folder, int(common.get("iteration", 0)), args, config, shared, common)
+
+
+def _check_spheres(folder: Path, stored: argparse.Namespace) -> None:
     kind = OPTIMIZERS.get(stored.optimizer)
     if kind is None or not kind.has_spheres:
         raise ValueError(
@@ -154,16 +216,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} does not say its {', '.join(missing)}: another version of sso_megatron saved it, "
             "export it with that"
         )
-    defaults = vars(_default_arguments())
-    args = argparse.Namespace(**{**defaults, **vars(stored)})
-    sso, shared = configs_from(args)
     ranks = max(stored.tensor_model_parallel_size, stored.expert_tensor_parallel_size or 1)
-    if shared.tp_mode == "blockwise" and ranks > 1:
+    if stored.spectral_tp_mode == "blockwise" and ranks > 1:
         raise ValueError(
             f"--spectral-tp-mode blockwise over {ranks} ranks in {folder}: its spheres are those of "
             "shards, not of whole matrices; use it as it is"
         )
-    return Checkpoint(folder, int(common.get("iteration", 0)), args, sso, shared, common)
 
 
 def _default_arguments() -> argparse.Namespace:
@@ -189,7 +247,6 @@ def load_model(checkpoint: Checkpoint) -> list[Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import global_vars
     from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
-    from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
 
     args = _for_one_rank(checkpoint)
@@ -201,10 +258,19 @@ def load_model(checkpoint: Checkpoint) -> list[Any]:
     chunks: list[Any] = config.get_builder_cls()(config).build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
+    load_weights_(chunks, checkpoint)
+    return chunks
+
+
+def load_weights_(chunks: list[Any], checkpoint: Checkpoint) -> None:
+    """Put the weights of another checkpoint of the same run into ``load_model``'s model, in place."""
+    from megatron.training import get_args
+    from megatron.training.checkpointing import load_checkpoint
+
+    get_args().ckpt_step = _step(checkpoint.folder)
     load_checkpoint(chunks, None, None)
     for chunk in chunks:
         _load_masters(chunk, checkpoint)
-    return chunks
 
 
 def _for_one_rank(checkpoint: Checkpoint) -> argparse.Namespace:
