@@ -118,7 +118,7 @@ def check_make(words: list[str]) -> None:
 
 def check_sso_megatron(words: list[str]) -> None:
     """Run ``data``, and ``bench`` on less; what names files of an example, or ranks, is parsed alone."""
-    from sso_megatron.cli import bench, criterion, data, export, plot, watch
+    from sso_megatron.cli import bench, criterion, data, export, plan, plot, watch
     from sso_megatron.cli.main import main
 
     if words[0] == "first-run":
@@ -126,9 +126,11 @@ def check_sso_megatron(words: list[str]) -> None:
         return
     parser = argparse.ArgumentParser(exit_on_error=False)
     subparsers = parser.add_subparsers()
-    for command in (bench, criterion, data, export, plot, watch):
+    for command in (bench, criterion, data, export, plan, plot, watch):
         command.add_parser(subparsers)
-    options = parser.parse_args(words)
+    options, others = parser.parse_known_args(words)
+    if words[0] != "plan":  # whose other flags are Megatron's: test_flags_parse
+        assert not others, others
     if words[0] == "bench" and options.tp == 1:
         small = shlex.split("--hidden 128 --layers 2 --repeats 2 --warmup 1")
         assert main([*words, *small]) == 0
@@ -198,6 +200,17 @@ def torchrun_flags(words: list[str]) -> tuple[int, list[str]]:
     return int(ranks[1]), flags
 
 
+def plan_flags(words: list[str]) -> tuple[int, list[str], bool]:
+    """Number of ranks of a plan, Megatron's flags, and whether these are all that a run needs."""
+    from sso_megatron.cli import plan
+
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    plan.add_parser(parser.add_subparsers())
+    options, others = parser.parse_known_args(["plan", *words])
+    given = [flag for flag in others if flag not in PLACEHOLDERS]
+    return options.world_size or 1, given, given == others
+
+
 PLACEHOLDERS = {"...", "$FLAGS"}
 
 
@@ -209,6 +222,8 @@ def megatron_command_lines() -> list[tuple[str, int, list[str], bool]]:
             ranks, flags = torchrun_flags(words)
             given = [flag for flag in flags if flag not in PLACEHOLDERS]
             found.append((page.name, ranks, given, given == flags))
+        elif words[:2] == ["sso-megatron", "plan"]:
+            found.append((page.name, *plan_flags(words[2:])))
         elif words[:2] == ["make", "pretrain"]:
             variables = make_variables(words[1:])[1]
             arguments = ["--optimizer", variables.get("OPTIMIZER", "sso")]

@@ -47,6 +47,10 @@ ERRORS = [
     (["--fp8-param-gather"], "--fp8-param-gather with --optimizer sso: matrices are gathered in the"),
     (["--loss-scale", "128"], "--loss-scale with --optimizer sso: bf16 and fp32 need none"),
     (
+        ["--init-model-with-meta-device"],
+        "--init-model-with-meta-device with --optimizer sso: Megatron then",
+    ),
+    (
         ["--tensor-parallel-num-weight-shards", "2"],
         "--tensor-parallel-num-weight-shards 2 with --optimizer sso: matrices must not be cut beyond",
     ),

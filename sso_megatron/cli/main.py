@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from sso_megatron.cli import bench, criterion, data, export, first_run, plot, watch
+from sso_megatron.cli import bench, criterion, data, export, first_run, plan, plot, watch
 from sso_megatron.version import __version__
 
 
@@ -21,7 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     criterion.add_parser(subparsers)
     plot.add_parser(subparsers)
     watch.add_parser(subparsers)
-    options = parser.parse_args(argv)
+    plan.add_parser(subparsers)
+    options, others = parser.parse_known_args(argv)
+    if others and not getattr(options, "takes_megatron_flags", False):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    options.megatron_flags = others
     try:
         return int(options.run(options))
     except KeyboardInterrupt:

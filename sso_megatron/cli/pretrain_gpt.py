@@ -16,35 +16,33 @@ from sso_megatron.mcore import entry
 # What a batch holds, and no packed sequences: the model takes the first three, the loss the others.
 _FIELDS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 
+DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
+"""Values of Megatron's flags where the command line has none."""
+
 
 def main() -> None:
     """Train as the command line says."""
     entry.enter()
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        hybrid_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
     from megatron.training.arguments import parse_and_validate_args
 
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    _refuse_packed_data(args)
+    args = parse_and_validate_args(args_defaults=DEFAULTS)
+    refuse_packed_data(args)
     # Every rank builds the data that it reads; Megatron asks the provider whether that is so.
     build_datasets.is_distributed = True  # type: ignore[attr-defined]
-    model_config = hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
     pretrain(
-        pretrain_cfg_container_from_args(args, model_config(args)),
+        configuration(args),
         build_datasets,
         ModelType.encoder_or_decoder,
         forward_step,
-        get_embedding_ranks=partial(_embedding_ranks, args),
+        get_embedding_ranks=partial(embedding_ranks, args),
     )
     torch.distributed.destroy_process_group()
 
 
-def _refuse_packed_data(args: Any) -> None:
+def refuse_packed_data(args: Any) -> None:
+    """End with one line and exit code 2 if the flags ask for data that this script cannot read."""
     for name in ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_context_parallel"):
         if getattr(args, name, False):
             from sso_megatron.mcore.arguments import fail
@@ -55,7 +53,19 @@ def _refuse_packed_data(args: Any) -> None:
             )
 
 
-def _embedding_ranks(args: Any, pp_ranks: list[int]) -> list[int]:
+def configuration(args: Any) -> Any:
+    """Megatron's configuration of a run, its model included."""
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        hybrid_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+
+    model_config = hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
+    return pretrain_cfg_container_from_args(args, model_config(args))
+
+
+def embedding_ranks(args: Any, pp_ranks: list[int]) -> list[int]:
     """Pipeline stages that hold the word embeddings: the first, the last if tied, and MTP's."""
     from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
     from megatron.training.arguments import core_transformer_config_from_args

@@ -228,6 +228,27 @@ def adapt_arguments(args: Namespace) -> None:
         cpu_hybrid.accept_hybrid_model(pattern, args.qk_layernorm)
 
 
+def leave_out_refused(args: Namespace) -> list[str]:
+    """Take out of the arguments what ``adapt_arguments`` would refuse, for a model that is not trained.
+
+    None of it decides which parameters there are. Call it before ``adapt_arguments``.
+
+    Args:
+        args: Megatron's parsed arguments; changed in place.
+
+    Returns:
+        The flags that are not read any more.
+    """
+    left_out = []
+    for name, allowed, flag, _, _ in _REFUSALS:
+        if getattr(args, name, allowed[0]) not in allowed:
+            left_out.append(flag)
+            setattr(args, name, allowed[0])
+    if args.multi_latent_attention and args.tensor_model_parallel_size > 1:
+        args.sequence_parallel = True
+    return left_out
+
+
 def _skip_warmup() -> None:
     """Skips the warm-up of functions that are not compiled here.
 

@@ -24,19 +24,28 @@ def accept_hybrid_model(pattern: str, qk_layernorm: bool) -> None:
     """
     from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
-    for symbol, name in (
+    found = gpu_layer(pattern)
+    if found is not None:
+        symbol, name = found
+        raise ValueError(
+            f"--hybrid-layer-pattern {pattern} cannot be rehearsed on the CPU: {symbol} is a {name} "
+            "layer, which needs kernels for GPUs. Either rehearse with another layer in its place "
+            f"({Symbols.ATTENTION} attention, {Symbols.MLA} latent attention, {Symbols.MLP} MLP, "
+            f"{Symbols.MOE} experts), or run on a machine with a CUDA device."
+        )
+    _refill(qk_layernorm)
+
+
+def gpu_layer(pattern: str) -> tuple[str, str] | None:
+    """Symbol and name of a layer in ``--hybrid-layer-pattern`` that needs kernels for GPUs, if any."""
+    from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
+    needing = (
         (Symbols.MAMBA, "Mamba"),
         (Symbols.GDN, "gated delta net"),
         (Symbols.DS_ATTENTION, "sparse attention"),
-    ):
-        if symbol in pattern:
-            raise ValueError(
-                f"--hybrid-layer-pattern {pattern} cannot be rehearsed on the CPU: {symbol} is a {name} "
-                "layer, which needs kernels for GPUs. Either rehearse with another layer in its place "
-                f"({Symbols.ATTENTION} attention, {Symbols.MLA} latent attention, {Symbols.MLP} MLP, "
-                f"{Symbols.MOE} experts), or run on a machine with a CUDA device."
-            )
-    _refill(qk_layernorm)
+    )
+    return next((found for found in needing if found[0] in pattern), None)
 
 
 @functools.cache

@@ -1,8 +1,10 @@
 """Initial weights that do not depend on the parallel layout, with spectral muP."""
 
+import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ _PASSES, _DEGREE, _BLOCK = 6, 8, 16
 # Rows of a vocabulary drawn at a time: its padding depends on the tensor-parallel size, the rows
 # before the padding must not.
 _VOCABULARY_ROWS = 128
+_DOWN = re.compile(r"linear_fc2\.weight\d*$")
 _FINEST = SpectralConfig(qkv_split="head", mlp_split="gate_up")
 
 
@@ -72,19 +75,24 @@ def _draw(p: ModelParameter, seed: int) -> Tensor:
     columns *= p.tp_size if p.partition_dim == 1 else 1
     device = p.param.device
     weight = torch.empty(rows, columns, dtype=torch.float32, device=device)
-    name, config = expert_by_itself(p.name), p.config
+    name = expert_by_itself(p.name)
     if name.endswith("output_layer.weight") and getattr(p.param, "shared_embedding", False):
         name = "embedding.word_embeddings.weight"  # the last stage's copy of the tied embedding
-    init = config.init_method
-    if p.is_vocabulary and name.startswith("embedding."):
-        init = getattr(config, "embedding_init_method", None) or init
-    elif name.endswith(("linear_proj.weight", "linear_fc2.weight", "fc2_latent_proj.weight")):
-        init = config.output_layer_init_method
+    init = initializer_of(replace(p, name=name))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
         for block in weight.split(_VOCABULARY_ROWS if p.is_vocabulary else rows):
             init(block)
     return weight
+
+
+def initializer_of(p: ModelParameter) -> Callable[[Tensor], Any]:
+    """The model's own initialiser of a matrix: a function that fills a tensor."""
+    if p.is_vocabulary and p.name.startswith("embedding."):
+        return getattr(p.config, "embedding_init_method", None) or p.config.init_method
+    if p.name.endswith(("linear_proj.weight", "fc2_latent_proj.weight")) or _DOWN.search(p.name):
+        return p.config.output_layer_init_method
+    return p.config.init_method
 
 
 def _uncut(p: ModelParameter) -> ModelParameter:

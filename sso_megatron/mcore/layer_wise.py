@@ -18,6 +18,7 @@ from megatron.core.utils import get_pg_rank
 from sso_megatron.mcore import compat
 from sso_megatron.mcore.chain import SpectralChain
 from sso_megatron.mcore.param_gather import ParamGather
+from sso_megatron.mcore.shard_layout import owners
 
 
 class SpectralLayerWiseOptimizer(LayerWiseDistributedOptimizer):
@@ -75,21 +76,12 @@ class SpectralLayerWiseOptimizer(LayerWiseDistributedOptimizer):
             for full in full_param_layouts
             for key, layout in full.layouts.items()
             if key.is_managed_by_layer_wise_optimizer
-            for param in _owned(layout, get_pg_rank(self.expt_dp if key.is_expert_parallel else self.dp_cp))
+            for param, rank in owners(layout).items()
+            if rank == get_pg_rank(self.expt_dp if key.is_expert_parallel else self.dp_cp)
         }
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["params"] = [param for param in group["params"] if param in mine]
-
-
-def _owned(layout: Any, rank: int) -> list[torch.Tensor]:
-    """Parameters that lie in the rank's shards."""
-    owned = []
-    for param, (start, _, bucket) in layout.param_index_map.items():
-        first, last = layout.bucket_indices[bucket]
-        if (start - first) // ((last - first) // layout.num_optimizer_shards) == rank:
-            owned.append(param)
-    return owned
 
 
 class ShardedChain(SpectralChain):

@@ -67,3 +67,14 @@ def place_of(name: str) -> tuple[str, int | None]:
     if found is None:
         return name, None
     return found["stack"].removeprefix("decoder.") + found["module"], int(found["layer"])
+
+
+def of_other_experts(name: str, offset: int) -> str:
+    """The name that a parameter has, or a logical matrix, on a rank whose experts have other numbers.
+
+    Args:
+        name: of routed experts, or of anything else, which stays as it is.
+        offset: to be added to the number of an expert.
+    """
+    name = _EXPERT_NUMBER.sub(lambda m: f"{m[1]}{int(m[2]) + offset}", name)
+    return re.sub(r"(?<=\[expert)\d+", lambda m: str(int(m[0]) + offset), name)

@@ -23,6 +23,8 @@ def check_request(args: argparse.Namespace) -> None:
         "fp4_param_gather": "matrices are gathered in the precision they are kept in; leave it out",
         "overlap_param_gather_with_optimizer_step": "all parts of the optimizer step before parameters "
         "are gathered; use --overlap-param-gather alone",
+        "init_model_with_meta_device": "Megatron then forgets which weights tensor "
+        "parallelism cuts, and which is the output layer; leave it out",
         "loss_scale": "bf16 and fp32 need none, and the spectral step has none; leave it out",
     }
     for name, rule in refused.items():

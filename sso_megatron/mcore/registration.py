@@ -1,7 +1,7 @@
 """Our optimizers in Megatron's optimizer factory."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,10 +201,9 @@ def prepare_model(
         ValueError: a pattern that matches nothing, or a matrix that no rule covers.
     """
     parameters = list(model_parameters(model_chunks, pg_collection))
-    takes_all = isinstance(config, SpectralClipConfig)
-    eligible = [p for p in parameters if p.is_matrix or (takes_all and p.has_simple_shape)]
-    excluded = _excluded_names(eligible, shared.exclude)
-    spectral = [p for p in eligible if p.name not in excluded]
+    candidates = eligible(parameters, config)
+    excluded = _excluded_names(candidates, shared.exclude)
+    spectral = [p for p in candidates if p.name not in excluded]
     layouts = [(p.param, layout_of(p, shared)) for p in spectral]
     for p in parameters:
         setattr(p.param, _SPECTRAL, False)
@@ -213,6 +212,12 @@ def prepare_model(
     if shared.mup_init:
         initialize_by_name(parameters, spectral, config or SSOConfig(), shared)
     return layouts
+
+
+def eligible(parameters: Iterable[ModelParameter], config: Any) -> list[ModelParameter]:
+    """What a spectral optimizer takes unless a pattern excludes it; ``config`` is its settings."""
+    takes_all = isinstance(config, SpectralClipConfig)
+    return [p for p in parameters if p.is_matrix or (takes_all and p.has_simple_shape)]
 
 
 def _excluded_names(matrices: list[ModelParameter], patterns: tuple[str, ...]) -> set[str]:
@@ -224,11 +229,17 @@ def _excluded_names(matrices: list[ModelParameter], patterns: tuple[str, ...]) -
     matched = {pattern for pattern, names in hits.items() if names}
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, matched)
-    unused = [p for p in patterns if not any(p in ranks for ranks in everywhere)]
-    if unused:
-        names = "\n  ".join(p.name for p in matrices)
-        raise ValueError(
-            f"--spectral-exclude {' '.join(map(repr, unused))} matches no matrix of the model; "
-            f"names on this rank:\n  {names}"
-        )
+    refuse_unused(patterns, set().union(*everywhere), [p.name for p in matrices])
     return set().union(*hits.values())
+
+
+def refuse_unused(patterns: Iterable[str], matched: set[str], names: Iterable[str]) -> None:
+    """Raise ValueError, with the names of some matrices, if a pattern is not in ``matched``."""
+    unused = [pattern for pattern in patterns if pattern not in matched]
+    if unused:
+        known = list(names)
+        more = f" and {len(known) - 3} more" if len(known) > 3 else ""
+        raise ValueError(
+            f"--spectral-exclude {' '.join(map(repr, unused))} matches no matrix of the model; names are "
+            f"such as {', '.join(known[:3])}{more}"
+        )

@@ -55,6 +55,19 @@ def is_expert_parallel(param: Tensor) -> bool:
     return not getattr(param, "allreduce", True)
 
 
+def owners(layout: Any) -> dict[Tensor, int]:
+    """The data-parallel rank in whose shard each parameter of a buffer lies.
+
+    Args:
+        layout: Megatron's ``PerBufferParamLayout``, from ``ShardLayout``.
+    """
+    found = {}
+    for param, (start, _, bucket) in layout.param_index_map.items():
+        first, last = layout.bucket_indices[bucket]
+        found[param] = (start - first) // ((last - first) // layout.num_optimizer_shards)
+    return found
+
+
 class ShardLayout:
     """Lays out buffers of whole matrices so that every rank's spectral steps cost about the same.
 

@@ -164,6 +164,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Whether ``matrix_states`` of another layout or setting can be gone on with in this one."""
         raise NotImplementedError
 
+    def warm_state(self, shape: tuple[int, int]) -> MatrixState:
+        """A state that a step can go on from, whose values mean nothing: for counting what a step does.
+
+        Empty where a start from the weights costs little.
+        """
+        return {}
+
     def polar_work(self) -> PolarWork:
         """What a step on one matrix does, for the cost model that chooses placements."""
         raise NotImplementedError

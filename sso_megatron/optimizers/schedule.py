@@ -95,7 +95,7 @@ def make_schedule(
             layout = find_layout(group, position)
             for split in layout.splits:
                 if shared.tp_mode == "blockwise" and split.partition_dim is not None:
-                    split = _block(split, layout.tp_group)
+                    split = block_of(split, group_rank(layout.tp_group), group_size(layout.tp_group))
                 member = Member(param, layout, split)
                 if split.partition_dim is not None:
                     key = (id(layout.tp_group), member.dtype, param.device)
@@ -141,12 +141,17 @@ def _batches_of(unit: Unit) -> list[MatrixBatch]:
     return [batch for batches in unit.rounds for batch, _ in batches]
 
 
-def _block(split: Split, tp_group: Any) -> Split:
-    """This rank's shard as a matrix of its own."""
+def block_of(split: Split, rank: int, tp_size: int) -> Split:
+    """A rank's shard of a cut matrix as a matrix of its own.
+
+    Args:
+        split: as that rank sees it.
+        rank: its place in the tensor-parallel group.
+        tp_size: ranks of the group.
+    """
     rows = sum(stop - start for start, stop in split.rows)
-    columns = split.shape[1] // (group_size(tp_group) if split.partition_dim == 1 else 1)
-    block = f"block{group_rank(tp_group)}"
-    label = f"{split.label}.{block}" if split.label else block
+    columns = split.shape[1] // (tp_size if split.partition_dim == 1 else 1)
+    label = f"{split.label}.block{rank}" if split.label else f"block{rank}"
     return replace(split, label=label, shape=(rows, columns), partition_dim=None, shard_rows=None)
 
 
@@ -156,7 +161,7 @@ def _cut_units(
     """Units of one tensor-parallel group, dtype and device; ``numbered`` says the parameter group, too."""
     members = [member for _, member in numbered]
     dtype, tp_group = members[0].dtype, members[0].layout.tp_group
-    cuts = [_cut(member.split, group_size(tp_group)) for member in members]
+    cuts = [cut_of(member.split, group_size(tp_group)) for member in members]
     plan = _plan([index for index, _ in numbered], cuts, dtype, shared, needs)
 
     def shards_of(places: list[int]) -> Shards:
@@ -183,7 +188,8 @@ def _cut_units(
     yield _order(numbered[min(plan.exchange.owners)]), ExchangedBatches(exchange, members, rounds)
 
 
-def _cut(split: Split, tp_size: int) -> Cut:
+def cut_of(split: Split, tp_size: int) -> Cut:
+    """How a matrix is cut whose ``partition_dim`` is not None."""
     assert split.partition_dim is not None
     if split.shard_rows is None:
         return even_cut(split.shape, split.partition_dim, tp_size)

@@ -243,6 +243,13 @@ class SSO(SpectralOptimizer):
         has_radius = "radius" in state or self.config.radius_mode != "from_weights"
         return has_radius and side in state and state[side].shape == wanted
 
+    def warm_state(self, shape: tuple[int, int]) -> MatrixState:
+        """Of a search that has settled."""
+        side, height = _side(shape), min(shape)
+        state = dict.fromkeys(("lam", "slope", "h", "radius", "radius_scaler"), torch.tensor(1.0))
+        vectors = torch.zeros(height, min(self.config.power_block, height))
+        return {**state, side: vectors, "is_cold": torch.tensor(False)}
+
     def _side(self, batch: MatrixBatch) -> str:
         return _side(batch.shape)
 

@@ -1,0 +1,79 @@
+"""Flops of a spectral step, counted on the optimizer's own step on the meta device."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from sso_megatron.matrices.layout import ParameterLayout, Split, whole
+from sso_megatron.optimizers.base import SpectralOptimizer
+from sso_megatron.optimizers.config import SpectralConfig
+from sso_megatron.parallel.shards import Cut
+
+
+class StepFlops:
+    """Flops of a warm step, as torch's ``FlopCounterMode`` counts them: of matrix products alone.
+
+    With bisection the number of trials depends on values; the published mean is taken.
+    """
+
+    def __init__(
+        self, optimizer_cls: type[SpectralOptimizer], settings: dict[str, Any], known: dict[Any, float]
+    ) -> None:
+        """Take the optimizer's class, what it is made with, and what such an object has counted before."""
+        self._cls, self._settings, self._known = optimizer_cls, settings, known
+        config = settings["config"]
+        self._searches = getattr(config, "solver", "") == "bisection" and config.tangent == "solve"
+
+    def whole(self, shape: tuple[int, int]) -> float:
+        """Of one whole matrix."""
+        if shape not in self._known:
+            self._known[shape] = self._count(shape, whole(shape), None)
+        return self._known[shape]
+
+    def shard(self, cut: Cut, tp_group: Any) -> float:
+        """Of one rank's part in one matrix whose shards stay where they are."""
+        if cut not in self._known:
+            stored = cut.shard_shape(0)
+            lengths = cut.lengths if cut.dim == 0 else None
+            split = Split("", ((0, stored[0]),), cut.shape, cut.dim, lengths)
+            self._known[cut] = self._count(stored, split, tp_group)
+        return self._known[cut]
+
+    def _count(self, stored: tuple[int, int], split: Split, tp_group: Any) -> float:
+        layout = ParameterLayout("matrix", (split,), tp_group)
+        param = torch.empty(stored, device="meta", requires_grad=True)
+        settings = self._settings | {
+            "shared": SpectralConfig(tp_mode="distributed"),
+            "find_layout": lambda _: layout,
+        }
+        optimizer = self._cls([param], **settings)
+        if self._searches:
+            if split.partition_dim is None:
+                return optimizer.polar_work().flops(split.shape)
+            size = tp_group.size()
+            return optimizer.polar_work().gram_flops(split.shape, split.partition_dim, size)
+        param.grad = torch.zeros_like(param)
+        state = optimizer.warm_state(split.shape)
+        with _AnyValues():
+            if state:
+                optimizer.load_spectral_state({"matrix": state})
+            else:
+                optimizer.step()  # finds what later steps start from
+            with FlopCounterMode(display=False) as counter:
+                optimizer.step()
+        return float(counter.get_total_flops())
+
+
+class _AnyValues(TorchFunctionMode):
+    """Gives 1 where a first step looks at a value, which a tensor on the meta device has not."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        looks = func in (torch.Tensor.tolist, torch.Tensor.__bool__)
+        if looks and isinstance(args[0], Tensor) and args[0].is_meta:
+            return True if func is torch.Tensor.__bool__ else [1.0] * args[0].numel()
+        return func(*args, **(kwargs or {}))

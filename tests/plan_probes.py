@@ -1,0 +1,124 @@
+"""What a rank's real optimizers hold and do, for ``test_plan.py``; and the command itself."""
+
+import resource
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+from probes import around_train, save, spectral_optimizers
+
+
+def plan() -> None:
+    """The command with this rank's arguments; says how much memory it took, in MiB, and what is left."""
+    from sso_megatron.cli.main import main
+
+    code = main(["plan", *sys.argv[1:]])
+    save("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    assert not torch.distributed.is_initialized()
+    sys.exit(code)
+
+
+def watch() -> None:
+    """Save this rank's place, parameters, matrices, radii, bytes and flops after some real steps."""
+    from sso_megatron.cli.bench_meters import Collectives, Flops
+    from sso_megatron.optimizers.base import SpectralOptimizer
+
+    step, flops, received = SpectralOptimizer.step, {}, {}
+
+    def step_counted(self: Any, closure: Any = None) -> Any:
+        if id(self) not in flops:  # the first step finds what later ones start from
+            flops[id(self)] = 0
+            return step(self, closure)
+        with Flops() as meter, Collectives() as moved:
+            result = step(self, closure)
+        flops[id(self)], received[id(self)] = meter.total, moved.received
+        return result
+
+    SpectralOptimizer.step = step_counted
+
+    def after(model: Any, optimizer: Any) -> None:
+        save("place", _place())
+        save("flops", sum(flops.values()))
+        save("received", sum(received.values(), Counter()))
+        save("parameters", _parameters(model, optimizer))
+        save("matrices", _matrices(optimizer))
+        save("bytes", _bytes(optimizer))
+
+    around_train(None, after)
+
+
+def _place() -> dict[str, int]:
+    from megatron.core import parallel_state as mpu
+
+    return {
+        "stage": mpu.get_pipeline_model_parallel_rank(),
+        "tensor": mpu.get_tensor_model_parallel_rank(),
+        "data": mpu.get_data_parallel_rank(with_context_parallel=True),
+        "expert_tensor": mpu.get_expert_tensor_parallel_rank(),
+        "expert_data": mpu.get_expert_data_parallel_rank(),
+    }
+
+
+def _parameters(model: Any, optimizer: Any) -> dict[str, dict[str, Any]]:
+    """By global name: shape stored here, and whether a spectral optimizer of this rank steps on it."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from sso_megatron.mcore.layouts import model_parameters
+
+    stepped = {
+        id(param)
+        for found in spectral_optimizers(optimizer)
+        for group in found.param_groups
+        for param in group["params"]
+    }
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return {
+        p.name: {
+            "stored": tuple(p.param.shape),
+            "steps": id(getattr(p.param, "main_param", p.param)) in stepped or id(p.param) in stepped,
+            "is_expert": not getattr(p.param, "allreduce", True),
+        }
+        for p in model_parameters(model, groups)
+    }
+
+
+def _matrices(optimizer: Any) -> dict[str, dict[str, Any]]:
+    found = {}
+    for spectral in spectral_optimizers(optimizer):
+        for batch in spectral.batches:
+            here = {member.name: place for place, member in enumerate(batch.here)}
+            radii = getattr(batch.cache, "radius", None)
+            for member in batch.members:
+                place = here.get(member.name)
+                known = radii is not None and place is not None
+                found[member.name] = {
+                    "shape": tuple(member.split.shape),
+                    "mode": batch.mode,
+                    "works": place is not None,
+                    "radius": radii[place].item() if known else None,
+                }
+    return found
+
+
+def _bytes(optimizer: Any) -> dict[str, int]:
+    """What is kept for the parameters, tensor by tensor; float32 copies where the model is in bfloat16."""
+    from sso_megatron.mcore.optimizer_parts import parts_of
+    from sso_megatron.optimizers.base import SpectralOptimizer
+
+    kept = {"momentum": 0, "masters": 0, "adamw": 0}
+    for part in parts_of(optimizer):
+        which = "momentum" if isinstance(part.inner, SpectralOptimizer) else "adamw"
+        for param in (p for group in part.inner.param_groups for p in group["params"]):
+            tensors = [
+                t for t in part.inner.state[param].values() if isinstance(t, torch.Tensor) and t.ndim
+            ]
+            kept[which] += sum(t.untyped_storage().nbytes() for t in tensors)
+            kept["masters"] += param.numel() * 4 * _is_mixed()
+    return kept
+
+
+def _is_mixed() -> bool:
+    from megatron.training import get_args
+
+    return bool(get_args().bf16)
