@@ -354,7 +354,7 @@ def test_the_command(tmp_path: Path) -> None:
         assert warning.split(";")[0][:40].replace("'", "&#39;") in page
 
 
-def test_the_page_in_a_browser(megatron: Megatron, browser: Browser, tmp_path: Path) -> None:  # noqa: F811
+def test_the_page_in_a_browser(megatron: Megatron, browser: Browser, tmp_path: Path) -> None:
     page = tmp_path / "plan.html"
     argv = tiny(*MOE, SP, *EP2, ETP, 1, DIST, tp=2)
     plan(megatron, argv, "--world-size", 4, "--html", page)

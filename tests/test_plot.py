@@ -1,4 +1,4 @@
-"""``sso-megatron plot``: pictures of real runs, number by number, and the report in a real browser."""
+"""``sso-megatron plot``: pictures of real runs, number by number."""
 
 import json
 import re
@@ -7,51 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import Browser, browser  # noqa: F401
-from conftest import MOE, Megatron, tiny
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from recorded_runs import adam, dense, lines, measured, moe, spectra  # noqa: F401
 
 from sso_megatron.cli import plot, plot_axes, plot_layers, plot_matrices, plot_report, plot_training
-from sso_megatron.cli.main import main
 from sso_megatron.cli.records import load
-
-EVERY = ["--log-spectral-metrics", 2, "--train-iters", 6, "--spectral-mup-init"]
-ALL_NAMES = {picture.name for picture in plot.PICTURES}
-
-
-@pytest.fixture(scope="module")
-def dense(megatron: Megatron) -> Path:
-    argv = tiny(*EVERY, "--log-spectral-criterion", 3, "--eval-iters", 1, tp=2)
-    return megatron.train(argv, 2).folder
-
-
-@pytest.fixture(scope="module")
-def moe(megatron: Megatron) -> Path:
-    return megatron.train(tiny(*MOE, *EVERY)).folder
-
-
-@pytest.fixture(scope="module")
-def spectra(megatron: Megatron) -> Path:
-    argv = tiny("--log-spectral-metrics", 3, "--train-iters", 6, optimizer="spectra")
-    return megatron.train(argv).folder
-
-
-@pytest.fixture(scope="module")
-def adam(megatron: Megatron) -> Path:
-    """A run that has recorded its loss alone."""
-    return megatron.train(tiny(optimizer="adam")).folder
-
-
-def lines(folder: Path, name: str) -> list[dict]:  # type: ignore[type-arg]
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def measured(folder: Path, table: str, column: str) -> tuple[list[str], dict[int, list[float]]]:
-    """Names of the rows, and the numbers by iteration, read without the package."""
-    head, *rest = lines(folder, "measures.jsonl")
-    return head["tables"][table], {line["iteration"]: line[table][column] for line in rest}
 
 
 def drawn(name: str, folders: list[Path]) -> Figure:
@@ -85,9 +47,6 @@ def of_kind(rows: list[str], pattern: str) -> list[int]:
     found = [i for i, row in enumerate(rows) if re.search(pattern, row)]
     assert found
     return found
-
-
-# ---------------------------------------------------------------- numbers
 
 
 def test_loss_against_iterations_time_and_tokens(dense: Path, adam: Path) -> None:
@@ -281,86 +240,6 @@ def test_many_points_become_few() -> None:
     assert np.array_equal(spread, np.array([[1, np.nan, 3]] * 3), equal_nan=True)
 
 
-# ---------------------------------------------------------------- files
-
-
-def plotted(folders: list[Path], out: Path, *flags: str) -> set[str]:
-    """What the command writes into ``out``."""
-    assert main(["plot", *map(str, folders), "--output", str(out), *flags]) == 0
-    return {path.name for path in out.iterdir()}
-
-
-def test_a_single_run_s_pictures_are_in_its_folder(
-    spectra: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["plot", str(spectra), "--format", "png"]) == 0
-    report = spectra / "plots" / "report.html"
-    assert capsys.readouterr().out == f"{report}: 9 pictures of 1 run\n"
-    there = {"loss", "spectral_norm", "stable_rank", "update_ratio", "update_rms", "spike_share"}
-    there |= {"activations", "activations_by_layer", "logits"}
-    files = {path.name for path in report.parent.iterdir()}
-    assert files == {f"{name}.png" for name in there} | {"report.html"}
-    for path in report.parent.glob("*.png"):
-        image = Image.open(path)
-        assert image.width >= 600 and len(image.convert("L").getcolors(256) or []) > 20, path
-
-
-def test_the_report_in_a_browser(
-    dense: Path,
-    moe: Path,
-    spectra: Path,
-    tmp_path: Path,
-    browser: Browser,  # noqa: F811
-) -> None:
-    names = plotted([dense, moe, spectra], tmp_path / "out", "--format", "svg")
-    svgs = {name.removesuffix(".svg") for name in names if name.endswith(".svg")}
-    absent = {"clipped_share", "divided"}
-    assert svgs == ALL_NAMES - absent and names - {f"{name}.svg" for name in svgs} == {"report.html"}
-    path = tmp_path / "out" / "report.html"
-    page = browser.open(path)
-    assert page.messages == [] and page.requests == []
-    assert page.dom.count('role="img"') == len(svgs)
-    ids = re.findall(r'\sid="([^"]*)"', page.dom)
-    assert len(ids) == len(set(ids))
-    targets = re.findall(r'(?:href="#|url\(#)([^")]+)', page.dom)
-    assert targets and set(targets) <= set(ids)
-    for wanted in ("Settings that differ", "rank_ratio", "spectra", "Healthy:"):
-        assert wanted in page.text
-    losses = [json.loads((run / "summary.json").read_text())["last_loss"] for run in (dense, moe, spectra)]
-    for loss in losses:
-        assert f"{loss:.4g}" in page.text
-    # What no run has recorded, and how to get it.
-    assert "--optimizer spectral_adam" in page.text and "name matrices with --weights" in page.text
-    shown = browser.screenshot(path, tmp_path / "shot.png", height=9000)
-    grey = np.asarray(shown.convert("L"))
-    # Everything is inside the page, and far down there are still pictures.
-    assert (grey[:, -8:] > 250).all()
-    assert (grey[5000:] < 200).sum() > 5000
-    narrow = browser.screenshot(path, tmp_path / "narrow.png", width=500, height=3000)
-    assert narrow.width == 500
-
-
-def test_the_browser_notices(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
-    """The checks above can fail."""
-    page = tmp_path / "page.html"
-    page.write_text("<img src='http://example.com/a.png'><script>console.error('x'); missing()</script>")
-    found = browser.open(page)
-    assert len(found.messages) == 2 and found.requests == ["GET http://example.com/a.png"]
-
-
-def test_alarms_in_the_report(moe: Path) -> None:
-    (run,) = load([moe])
-    run.alarms = [(i, f"decoder.layers.{i % 2}: logit {90 + i}.5 is above 50") for i in (2, 4, 5)]
-    run.alarms.append((6, "<b>expert</b> 3 of decoder.layers.1 gets no tokens"))
-    kinds = plot_report.alarms(run)
-    assert [(kind.first, kind.last, kind.count) for kind in kinds] == [(2, 5, 3), (6, 6, 1)]
-    assert kinds[0].text == "decoder.layers.0: logit 92.5 is above 50"
-    figure = plot_training.loss([run])
-    assert figure is not None
-    (ticks,) = [line for line in figure.axes[0].lines if line.get_marker() == "|"]
-    assert list(ticks.get_xdata()) == [2, 4, 5, 6]  # type: ignore[arg-type]
-
-
 def test_the_picture_of_a_first_run(dense: Path) -> None:
     path = plot_training.draw_run(dense)
     assert path == dense / "run.png" and Image.open(path).width > 1000
@@ -372,32 +251,3 @@ def test_the_picture_of_a_first_run(dense: Path) -> None:
     for label, which in (("largest", np.max), ("median", np.median), ("smallest", np.min)):
         wanted = [1 + which(row) for row in errors.values()]
         assert curve(axis, label)[1] == pytest.approx(wanted, rel=1e-6)
-
-
-def test_hundreds_of_layers_and_thousands_of_matrices(dense: Path, tmp_path: Path) -> None:
-    """Real measurements of two layers, repeated: the report stays small."""
-    head, *rest = lines(dense, "measures.jsonl")
-    names = head["tables"]
-
-    def deeper(rows: list[str]) -> list[str]:
-        found = []
-        for k in range(100):
-            found += [row.replace("layers.0", f"layers.{2 * k}") for row in rows if "layers.0" in row]
-            found += [row.replace("layers.1", f"layers.{2 * k + 1}") for row in rows if "layers.1" in row]
-        return found
-
-    tables = {table: deeper(rows) for table, rows in names.items()}
-    assert len(tables["layers"]) == 200 and len(tables["matrices"]) == 2400
-    measures = [{"tables": tables}]
-    for i in range(300):
-        line = rest[i % 3] | {"iteration": i + 1}
-        for table in ("matrices", "layers"):
-            line[table] = {column: values * 100 for column, values in rest[i % 3][table].items()}
-        measures.append(line)
-    folder = tmp_path / "deep"
-    folder.mkdir()
-    with (folder / "measures.jsonl").open("w") as file:
-        for line in measures:
-            file.write(json.dumps(line) + "\n")
-    plotted([folder], tmp_path / "out", "--format", "svg")
-    assert (tmp_path / "out" / "report.html").stat().st_size < 3_000_000
