@@ -1,7 +1,7 @@
-"""What ``--log-spectral-metrics 10`` adds to an iteration, in one run: the first run's model on one rank.
+"""What ``--log-spectral-metrics 10`` adds to ten iterations, in one run: the first run's model on one rank.
 
-Every twentieth iteration is measured. Ten iterations around a measured one are compared with the ten that
-follow, which have none: by turns, so that a machine that becomes slower meets both.
+Each measured iteration and the next, in which its numbers are written, are compared with the two before and
+the two after: a machine that becomes slower or faster meets all of them.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from sso_megatron.cli import data, first_run
 def main() -> None:
     """Train, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=405)
+    parser.add_argument("--iterations", type=int, default=305)
     parser.add_argument("--optimizer", default="sso")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -29,7 +29,7 @@ def main() -> None:
         command += ["-m", "sso_megatron.pretrain_gpt"]
         command += first_run._flags(options.optimizer, options.iterations, run, ranks=1)
         command += [*dataset.megatron_arguments(), "--log-interval", "1000000"]
-        command += ["--log-spectral-metrics", "20", "--eval-iters", "0"]
+        command += ["--log-spectral-metrics", "10", "--eval-iters", "0"]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode:
             sys.exit(f"{' '.join(command)}\n{ended.stderr[-4000:]}")
@@ -38,20 +38,21 @@ def main() -> None:
 
 
 def report(times: dict[int, float]) -> str:
-    """Times of ten iterations with and without a measured one, and the median of their ratios.
+    """What a measured iteration takes longer than its neighbours, by ten iterations.
 
     Args:
         times: when each iteration ended, in seconds, by number.
     """
-    pairs = [
-        (times[middle + 5] - times[middle - 5], times[middle + 15] - times[middle + 5])
-        for middle in range(40, max(times) - 14, 20)
-    ]
-    ratios = sorted(with_it / without - 1 for with_it, without in pairs)
-    first, median, third = statistics.quantiles(ratios, n=4)
-    seconds = statistics.median(without for _, without in pairs) / 10
+    last = max(times)
+    seconds = statistics.median(times[i] - times[i - 1] for i in range(20, last))
+    shares = []
+    for measured in range(20, last - 2, 10):
+        with_it = times[measured + 1] - times[measured - 1]
+        before, after = times[measured - 1] - times[measured - 3], times[measured + 3] - times[measured + 1]
+        shares.append((with_it - (before + after) / 2) / (10 * seconds))
+    first, median, third = statistics.quantiles(shares, n=4)
     return (
-        f"{len(pairs)} pairs of ten iterations of {seconds:.3f} s: a measured one adds {median:+.2%} "
+        f"{len(shares)} measured iterations of {seconds:.3f} s: each adds {median:+.2%} to ten iterations "
         f"(quartiles {first:+.2%} to {third:+.2%})"
     )
 
