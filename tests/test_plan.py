@@ -121,9 +121,8 @@ def assert_same_loads(planned: dict[str, Any], real: Run) -> None:
     for place, flops, received, kept in zip(*counted, strict=True):
         load = loads[tuple(place[key] for key in PLACE)]
         assert load["flops"] == pytest.approx(flops, rel=1e-6)
-        if planned[
-            "is_sharded"
-        ]:  # weights over data-parallel ranks, which the optimizer gathers as it steps
+        if planned["is_sharded"]:
+            # The optimizer gathers weights over data-parallel ranks as it steps.
             assert all(cut["mode"] == "owner" for cut in planned["cuts"])
             del received["all_gather"]
         assert load["received"] == received.total()

@@ -13,7 +13,9 @@ from run_folders import append, begin, interval, record, state_of
 
 from sso_megatron.cli import first_run, watch
 from sso_megatron.cli.live import duration, sparkline
-from sso_megatron.cli.run_state import RunState
+from sso_megatron.cli.run_state import LIGHTS, RunState
+from sso_megatron.mcore.alarms import KINDS
+from sso_megatron.mcore.tables import headlines
 
 # ---------------------------------------------------------------- the files
 
@@ -150,3 +152,8 @@ def test_sparkline() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_every_kind_of_alarm_has_a_light() -> None:
+    assert set(LIGHTS) == set(KINDS)
+    assert set(LIGHTS.values()) <= headlines({}).keys()

@@ -124,11 +124,15 @@ def summary(plan: Plan, speed: Speed | None) -> list[tuple[str, str]]:
     return list(lines.items())
 
 
-COLUMNS = ("parameter", "number", "shape", "route", "why", "matrices", "radius", "scale", "tp mode")
-"""Heads of ``cells``, to which a sharded plan adds ``dp owner``."""
+_COLUMNS = ("parameter", "number", "shape", "route", "why", "matrices", "radius", "scale", "tp mode")
 
 CUT_COLUMNS = ("stages", "matrices", "shape", "cut", "number", "tp mode", "why", "costs, flop of a rank")
 """Heads of ``cut_rows``."""
+
+
+def heads(plan: Plan) -> tuple[str, ...]:
+    """Of the columns that ``cells`` fills."""
+    return (*_COLUMNS, "dp owner") if plan.is_sharded else _COLUMNS
 
 
 def cells(plan: Plan, row: Row) -> list[str]:
@@ -184,9 +188,8 @@ def show(plan: Plan, console: Console, speed: Speed | None, *, is_full: bool) ->
         speed: for the share of the time, if stated.
         is_full: a row for each parameter.
     """
-    heads = (*COLUMNS, "dp owner") if plan.is_sharded else COLUMNS
     rows = [cells(plan, row) for row in rows_of(plan.parameters, is_full)]
-    console.print(_table(f"--optimizer {plan.optimizer}", heads, rows, console.is_terminal))
+    console.print(_table(f"--optimizer {plan.optimizer}", heads(plan), rows, console.is_terminal))
     if plan.cuts:
         title = "Cut by tensor parallelism"
         console.print(_table(title, CUT_COLUMNS, cut_rows(plan), console.is_terminal))
@@ -200,9 +203,9 @@ def show(plan: Plan, console: Console, speed: Speed | None, *, is_full: bool) ->
         console.print(f"[bold]warning:[/bold] {escape(warning)}", highlight=False)
 
 
-def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], is_terminal: bool) -> Table:
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], is_terminal: bool) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD if is_terminal else None, title_justify="left")
-    for head in heads:
+    for head in columns:
         table.add_column(head, overflow="fold", justify="right" if head == "number" else "left")
     for row in rows:
         table.add_row(*map(escape, row))

@@ -23,34 +23,33 @@ _MAX_LOAD = 2.0
 """Where the colours of loads end; all above are alike."""
 
 
-def over_training(runs: list[Run], table: str, columns: dict[str, str], is_log: bool) -> Figure | None:
-    """A panel for each column: means over layers, with the smallest and largest."""
-    if not _known(runs, table, columns):
+def over_training(runs: list[Run]) -> Figure | None:
+    """A panel for each size of activations: means over layers, with the smallest and largest."""
+    return _activation_panels(runs, is_by_layer=False)
+
+
+def by_layer(runs: list[Run]) -> Figure | None:
+    """A panel for each: its last values by layer; of a single run also the first ones."""
+    return _activation_panels(runs, is_by_layer=True)
+
+
+def _activation_panels(runs: list[Run], is_by_layer: bool) -> Figure | None:
+    if not _known(runs, "layers", _ACTIVATIONS):
         return None
-    figure, axes = plot_axes.panels(len(columns), across=3, width=4.0, height=2.7)
-    for axis, (column, title) in zip(axes, columns.items(), strict=True):
+    figure, axes = plot_axes.panels(len(_ACTIVATIONS), across=3, width=4.0, height=2.7)
+    for axis, (column, title) in zip(axes, _ACTIVATIONS.items(), strict=True):
         for number, run in enumerate(runs):
-            _draw_mean(axis, run, run.tables[table], column, number)
-        plot_axes.label_iterations(axis)
+            if is_by_layer:
+                _draw_layers(axis, run, run.tables["layers"], column, number, with_first=len(runs) == 1)
+            else:
+                _draw_mean(axis, run, run.tables["layers"], column, number)
         axis.set_title(title)
-        if is_log:
-            plot_axes.log_if_wide(axis)
-    plot_axes.legend(figure)
-    return figure
-
-
-def by_layer(runs: list[Run], table: str, columns: dict[str, str], is_log: bool) -> Figure | None:
-    """A panel for each column: its last values by layer; of a single run also the first ones."""
-    if not _known(runs, table, columns):
-        return None
-    figure, axes = plot_axes.panels(len(columns), across=3, width=4.0, height=2.7)
-    for axis, (column, title) in zip(axes, columns.items(), strict=True):
-        for number, run in enumerate(runs):
-            _draw_layers(axis, run, run.tables[table], column, number, with_first=len(runs) == 1)
-        axis.set(title=title, xlabel="layer")
-        plot_axes.whole_numbers(axis)
-        if is_log:
-            plot_axes.log_if_wide(axis)
+        if is_by_layer:
+            axis.set_xlabel("layer")
+            plot_axes.whole_numbers(axis)
+        else:
+            plot_axes.label_iterations(axis)
+        plot_axes.log_if_wide(axis)
     plot_axes.legend(figure)
     return figure
 
@@ -155,7 +154,7 @@ PICTURES = [
         "Every size settles after warmup; an AbsMax that keeps climbing while the RMS stays is a growing "
         "outlier.",
         _MEASURE,
-        lambda runs: over_training(runs, "layers", _ACTIVATIONS, is_log=True),
+        over_training,
     ),
     Picture(
         "activations_by_layer",
@@ -163,7 +162,7 @@ PICTURES = [
         "Neighbouring layers differ little, the residual stream grows evenly with depth, and no layer is "
         "off.",
         _MEASURE,
-        lambda runs: by_layer(runs, "layers", _ACTIVATIONS, is_log=True),
+        by_layer,
     ),
     Picture(
         "logits",

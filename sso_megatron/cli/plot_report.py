@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from sso_megatron.cli import plot_axes
+from sso_megatron.cli import pages, plot_axes
 from sso_megatron.cli.plot_axes import Picture
 from sso_megatron.cli.records import Run
 from sso_megatron.cli.run_state import parallel_sizes
@@ -56,17 +55,9 @@ def write(
         drawn: elements of the pictures, in order.
         missing: pictures that the runs have no records for.
     """
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    # StrictUndefined: a name that the template has wrong is an error, not an empty place.
-    environment = jinja2.Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     found = [alarms(run) for run in runs]
-    text = environment.get_template("plot_report.html.j2").render(
+    text = pages.render(
+        "plot_report.html.j2",
         runs=runs,
         rows=_facts(runs),
         settings=_settings(runs),

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from sso_megatron.mcore.criterion_report import Cell, by_iteration, cells_from, read_lines
+from sso_megatron.mcore.criterion_report import Cell, cells_from
+from sso_megatron.mcore.json_lines import by_iteration, read_lines
 
 METRICS, MEASURES = "metrics.jsonl", "measures.jsonl"
 

@@ -118,6 +118,18 @@ def config_from(
         raise ValueError(f"{flags_of(prefix, [name])} {rest}") from None
 
 
+def group_sizes(args: argparse.Namespace) -> dict[str, int]:
+    """Ranks of each kind of parallelism, from Megatron's validated arguments."""
+    return {
+        "tensor": args.tensor_model_parallel_size,
+        "pipeline": args.pipeline_model_parallel_size,
+        "context": args.context_parallel_size,
+        "expert": args.expert_model_parallel_size,
+        "expert_tensor": args.expert_tensor_parallel_size,
+        "data": args.data_parallel_size,
+    }
+
+
 def check_and_register(args: argparse.Namespace) -> None:
     """Everything between parsing and Megatron's own validation, on parsed arguments.
 

@@ -1,18 +1,17 @@
 """The criterion that a run has recorded, module by module: table, numbers and heat map."""
 
-import json
 import math
 import statistics
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sso_megatron.mcore.json_lines import by_iteration, read_lines
 from sso_megatron.mcore.names import place_of
 
 if TYPE_CHECKING:
@@ -73,43 +72,6 @@ def cells_from(records: Iterable[dict[str, dict[str, float | None]]]) -> list[Ce
         Cell(module, layer, *(_median([v[key] for v in all_values]) for key in _VALUES))
         for (module, layer), all_values in seen.items()
     ]
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines, without those that a killed run has not finished.
-
-    A line that is no object is left out, too.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    with path.open() as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
-                yield record
-            else:
-                print(f"{path}, line {number} is not whole, and is left out", file=sys.stderr)
-
-
-def by_iteration(records: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Records that have an iteration, ascending.
-
-    One that is not beyond the last begins a resumed part, which replaces what came after.
-    """
-    found: dict[int, dict[str, Any]] = {}
-    for record in records:
-        try:
-            iteration = int(record["iteration"])
-        except (KeyError, TypeError, ValueError, OverflowError):
-            continue
-        while found and next(reversed(found)) >= iteration:
-            found.popitem()
-        found[iteration] = record
-    return found
 
 
 _VALUES = ("nuclear_rank", "stable_rank", "gain")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sso_megatron.mcore import compat
-from sso_megatron.mcore.arguments import configs_from
+from sso_megatron.mcore.arguments import configs_from, group_sizes
 from sso_megatron.mcore.fake_world import Place, as_rank, places
 from sso_megatron.mcore.initialization import initializer_of
 from sso_megatron.mcore.kinds import OPTIMIZERS
@@ -52,20 +52,12 @@ def make_plan(request: Request, configuration: Configuration, embedding_ranks: E
             surveys.append(_survey(request, index, everyone, configuration, groups, flops_known))
     matched = set().union(*(survey.matched for survey in surveys))
     refuse_unused(shared.exclude, matched, [name for survey in surveys for name in survey.candidates])
-    sizes = {
-        "tensor": args.tensor_model_parallel_size,
-        "pipeline": args.pipeline_model_parallel_size,
-        "context": args.context_parallel_size,
-        "expert": args.expert_model_parallel_size,
-        "expert_tensor": args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
-        "data": args.data_parallel_size,
-    }
     workspaces = [item for survey in surveys for item in survey.workspaces.items()]
     shape, workspace = max(workspaces, key=lambda item: item[1], default=((0, 0), 0))
     return Plan(
         optimizer=args.optimizer,
         world_size=args.world_size,
-        parallel=sizes,
+        parallel=group_sizes(args),
         settings=asdict(config),
         shared=asdict(shared),
         parameters=[p for survey in surveys for p in survey.parameters],

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from sso_megatron.mcore import compat
-from sso_megatron.mcore.arguments import config_from, configs_from
+from sso_megatron.mcore.arguments import config_from, configs_from, group_sizes
 from sso_megatron.mcore.kinds import OPTIMIZERS
 from sso_megatron.mcore.tables import Tables
 from sso_megatron.version import __version__
@@ -50,14 +50,7 @@ def describe(args: Any) -> dict[str, Any]:
         "log_interval": args.log_interval,
         "metrics_interval": args.log_spectral_metrics,
         "world_size": args.world_size,
-        "parallel": {
-            "tensor": args.tensor_model_parallel_size,
-            "pipeline": args.pipeline_model_parallel_size,
-            "context": args.context_parallel_size,
-            "expert": args.expert_model_parallel_size,
-            "expert_tensor": args.expert_tensor_parallel_size,
-            "data": args.data_parallel_size,
-        },
+        "parallel": group_sizes(args),
         "tokens_per_iteration": None if varies else args.global_batch_size * args.seq_length,
         # Whoever reads it may be in another folder.
         "save": args.save and os.path.abspath(args.save),
