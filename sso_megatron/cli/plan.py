@@ -1,22 +1,19 @@
 """``sso-megatron plan``: what the optimizer will do to every weight of a run, before the run."""
 
 import argparse
-import contextlib
-import io
 import json
-import logging
 import os
-import sys
 import traceback
-import warnings
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from sso_megatron.cli import plan_html, plan_text, pretrain_gpt
+from sso_megatron.cli import plan_html, plan_text, pretrain_gpt, quietly
 from sso_megatron.cli.plan_speed import Speed
+
+_fail = partial(quietly.fail, "plan")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -51,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         if options.world_size is not None and options.world_size < 1:
             raise ValueError(f"--world-size {options.world_size} must be at least 1")
         _check_files(options)
-        with _without_noise() as (printed, said):
+        with quietly.without_noise() as (printed, said):
             plan = _make(options)
         share = speed and speed.share(plan)
         for path in _files(options):
@@ -74,12 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _make(options: argparse.Namespace) -> Any:
-    # The plan is about a run elsewhere: a GPU of this machine has no part in it.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    from sso_megatron.mcore import entry
-
-    entry.enter()
+    quietly.enter()
     from sso_megatron.mcore.model_plan import make_plan
     from sso_megatron.mcore.plan_flags import read_flags
     from sso_megatron.mcore.plan_warnings import warnings_of
@@ -112,29 +104,3 @@ def _files(options: argparse.Namespace) -> list[Path]:
 def _where(error: Exception) -> str:
     """Kind of an error that does not tell its reason, and the line of code that it comes from."""
     return f"{type(error).__name__} at {traceback.extract_tb(error.__traceback__)[-1].line}"
-
-
-@contextlib.contextmanager
-def _without_noise() -> Iterator[tuple[io.StringIO, io.StringIO]]:
-    """Keep what Megatron prints from the user; yields what went to standard output and error."""
-    printed, said = io.StringIO(), io.StringIO()
-    with (
-        contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(said),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable()
-        try:
-            yield printed, said
-        finally:
-            logging.disable(logging.NOTSET)
-
-
-def _fail(error: str) -> int:
-    """One line: of several, the last that says ``error``, or the first."""
-    lines = [line.strip() for line in error.splitlines() if line.strip()] or ["no reason given"]
-    told = [line for line in lines if "error: " in line]
-    line = told[-1].split("error: ", 1)[1] if told else " ".join(lines)
-    print(f"sso-megatron plan: error: {line}", file=sys.stderr)
-    return 2

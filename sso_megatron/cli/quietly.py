@@ -1,0 +1,44 @@
+"""Megatron inside a command that trains nothing: without a GPU, without its output, errors in one line."""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+
+
+def enter() -> None:
+    """Make Megatron importable as in a run of one rank; a GPU of this machine has no part in it."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    from sso_megatron.mcore import entry
+
+    entry.enter()
+
+
+@contextlib.contextmanager
+def without_noise() -> Iterator[tuple[io.StringIO, io.StringIO]]:
+    """Keep what Megatron prints from the user; yields what went to standard output and error."""
+    printed, said = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(said),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable()
+        try:
+            yield printed, said
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def fail(command: str, error: str) -> int:
+    """Print one line: of several, the last that says ``error``, or the first; return the exit code 2."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()] or ["no reason given"]
+    told = [line for line in lines if "error: " in line]
+    line = told[-1].split("error: ", 1)[1] if told else " ".join(lines)
+    print(f"sso-megatron {command}: error: {line}", file=sys.stderr)
+    return 2
