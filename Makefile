@@ -13,7 +13,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv pretrain test lint bench clean distclean
+.PHONY: help venv pretrain test lint bench docs clean distclean
 
 help: ## show this list
 	@echo 'usage: make TARGET [OPTIMIZER=sso] [ARGS="..."] [PYTHON=/path/to/python3.12]'
@@ -61,8 +61,11 @@ lint: $(STAMP) ## ruff, mypy, the import contracts, shellcheck, no paths of a ho
 bench: $(STAMP) ## measure optimizer steps beside AdamW and Muon; ARGS are passed on
 	@$(VENV)/bin/sso-megatron bench --json runs/bench.json $(ARGS)
 
+docs: $(STAMP) ## build the documentation as a site, site/index.html; ARGS are passed on
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(ARGS)
+
 clean: ## remove caches and build outputs, keep .venv
-	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	@rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	@find sso_megatron tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv

@@ -59,6 +59,8 @@ setup(
         "te": ["transformer-engine[core_cu13,pytorch]"],
         "dev": [
             "import-linter>=2.1,<3",
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6,<10",
             "mypy>=1.13,<3",
             "pyte>=0.8.1,<1",
             "pytest>=8,<10",

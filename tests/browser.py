@@ -58,10 +58,10 @@ class Browser:
         self._proxy.shutdown()
         self._proxy.server_close()
 
-    def open(self, page: Path) -> Page:
-        """Load a page."""
+    def open(self, page: Path, *flags: str, query: str = "") -> Page:
+        """Load a page, with further flags of the browser, or with a query in its address."""
         self.requests.clear()
-        ended = self._run("--dump-dom", page.resolve().as_uri())
+        ended = self._run(*flags, "--dump-dom", page.resolve().as_uri() + query)
         messages = [line for line in ended.stderr.splitlines() if ":CONSOLE" in line]
         return Page(ended.stdout, messages, list(self.requests))
 

@@ -1,4 +1,4 @@
-"""The documentation: blocks run, commands exist, flags parse, tables equal the code, links resolve."""
+"""The documentation: blocks run, commands exist, flags parse, tables equal the code."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ def test_a_documented_run(tmp_path: Path) -> None:
         assert "grad_norm" in records[-1]
 
 
-# ---------------------------------------------------------------- tables, links, size
+# ---------------------------------------------------------------- tables, size
 
 
 def test_settings_tables_are_the_dataclasses() -> None:
@@ -327,26 +327,6 @@ def test_a_table_shows_every_value() -> None:
         "| `names` | `none` | e | ours |",
         "| `kind` | `y`; or `x` | f | ours |",
     ]
-
-
-def anchors(page: Path) -> set[str]:
-    """Anchors of a page's headings, as GitHub makes them."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("page", sorted({*PAGES, *ROOT.glob("*.md")}), ids=lambda p: p.name)
-def test_relative_links_resolve(page: Path) -> None:
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"https?://", target):
-            continue
-        path, _, anchor = target.partition("#")
-        linked = (page.parent / path).resolve() if path else page
-        assert linked.exists(), f"{page.name}: {target} does not exist"
-        assert ROOT in [linked, *linked.parents], f"{page.name}: {target} leaves the repository"
-        assert not anchor or anchor in anchors(linked), f"{page.name}: {target} has no such heading"
 
 
 def test_the_readme_is_short() -> None:
