@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -13,11 +12,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
-from sso_megatron.optimizers.settings import setting
+from sso_megatron.mcore.kinds import CONFIGS, OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -296,36 +295,78 @@ def test_a_documented_run(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- tables, size
 
 
-def test_settings_tables_are_the_dataclasses() -> None:
-    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-    shown = set()
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        shown |= set(re.findall(r"<!-- settings:(\w+) -->", text))
-        assert generate["refreshed"](text) == text, f"{page}: refresh it with python docs/generate.py"
-
-    from sso_megatron.mcore.kinds import CONFIGS
-
-    assert shown == {config_type.__name__ for config_type in CONFIGS.values()}
+GENERATE = runpy.run_path(str(ROOT / "docs" / "generate.py"))
 
 
-@dataclasses.dataclass
-class Example:
-    ratio: float = setting(1.0, "a|b", "paper")
-    decay: float = setting(0.0, "c")
-    on: bool = setting(True, "d")
-    names: tuple[str, ...] = setting((), "e")
-    kind: Literal["x", "y"] = setting("y", "f")
+def test_the_page_of_flags_is_the_parser(megatron) -> None:  # type: ignore[no-untyped-def]
+    """Megatron's own parser gets no flag that the page lacks, and each has one row, as it is now."""
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert GENERATE["refreshed"](page) == page, "refresh it with python docs/generate.py"
+    tables = re.findall(r"<!-- flags: .+? -->\n(.*?)<!-- /flags -->", page, re.DOTALL)
+    rows = [row.split(" | ")[0] for table in tables for row in table.splitlines()[2:]]
+    flags = [flag for row in rows for flag in re.findall(r"`(--[\w-]+)`", row)]
+    titles = re.findall(r"<!-- flags: (.+) -->", page)
+    assert titles == list(GENERATE["groups"]())
+    run = megatron.run(["flags.json"], main="test_docs:new_flags_from_command_line")
+    assert sorted(flags) == json.loads((run.folder / "flags.json").read_text())
 
 
-def test_a_table_shows_every_value() -> None:
-    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-    assert generate["table"](Example).splitlines()[2:] == [
-        "| `ratio` | `1.0` | a\\|b | paper |",
-        "| `decay` | `0.0` | c | ours |",
-        "| `on` | `on` | d | ours |",
-        "| `names` | `none` | e | ours |",
-        "| `kind` | `y`; or `x` | f | ours |",
+def new_flags_from_command_line() -> None:
+    """What a rank of the zygote runs: writes the flags that are in Megatron's parser because of us."""
+    from megatron.training import arguments
+
+    from sso_megatron.mcore.arguments import add_arguments
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    theirs = getattr(
+        arguments.add_megatron_arguments, "_sso_megatron_original", arguments.add_megatron_arguments
+    )
+    theirs(parser)
+    before = set(parser._option_string_actions)
+    add_arguments(parser)
+    Path(sys.argv[1]).write_text(json.dumps(sorted(set(parser._option_string_actions) - before)))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "dataclass"), [(prefix, config_type.__name__) for prefix, config_type in CONFIGS.items()]
+)
+def test_the_page_of_flags_names_optimizers_and_dataclasses(prefix: str, dataclass: str) -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if f"| `{dataclass}` |" in line]
+    assert f"`--{prefix.replace('_', '-')}-`" in row
+    names = {name for name, kind in OPTIMIZERS.items() if kind.prefix == prefix}
+    assert set(re.findall(r"`(\w+)`", row)) - {dataclass} == names
+
+
+def test_a_table_shows_every_kind_of_flag() -> None:
+    def add(parser: argparse.ArgumentParser) -> None:
+        group = parser.add_argument_group(title="sso_megatron: records")
+        group.add_argument("--sso-momentum", dest="sso_momentum", type=float, default=0.9)
+        group.add_argument("--sso-tangent", dest="sso_tangent", default="solve")
+        group.add_argument("--spectral-exclude", dest="spectral_exclude", default=(), metavar="PATTERN")
+        group.add_argument("--on", action=argparse.BooleanOptionalAction, default=True, help="a|b, c*d*e")
+        group.add_argument("--folder", metavar="DIR", help="a (default here)")
+        group.add_argument("--every", type=int, metavar="N", help="b")
+        group.add_argument("--health", default="y", metavar="{x,y}", help="c (default y)")
+
+    found = GENERATE["groups"](add)
+    assert list(found) == ["records"]
+    rows = [row.strip("| ").split(" | ") for row in GENERATE["table"](found["records"]).splitlines()[2:]]
+    assert [row[:3] for row in rows] == [
+        ["`--sso-momentum`", "`0.9`", "number, in [0, 1)"],
+        ["`--sso-tangent`", "`solve`", "`solve`, `project`, `none`"],
+        ["`--spectral-exclude`", "none", "`PATTERN`"],
+        ["`--on`, `--no-on`", "on", "on, off"],
+        ["`--folder`", "none", "`DIR`"],
+        ["`--every`", "none", "integer"],
+        ["`--health`", "`y`", "`x`, `y`"],
+    ]
+    assert rows[0][3:] == ["decay of the gradient's moving average", "paper"]
+    assert [row[3:] for row in rows[3:]] == [
+        ["a\\|b, c\\*d\\*e", "ours"],
+        ["a", "ours"],
+        ["b", "ours"],
+        ["c", "ours"],
     ]
 
 

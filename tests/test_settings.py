@@ -99,7 +99,7 @@ def test_other_errors() -> None:
         ),
         (
             {"c_decay": "exp", "c_decay_steps": 5, "train_steps": 10},
-            r"c_final=0.0 must lie in \[0, 1\], with c_decay='exp' above 0",
+            "c_final=0.0 must be above 0 with c_decay='exp'; the default is 0.0",
         ),
         ({"msign_steps": 6}, "msign_steps=6 must be at least 7; the default is 8"),
         ({"beta2": 1.0}, r"beta2=1.0 must lie in \[0, 1\)"),

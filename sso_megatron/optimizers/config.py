@@ -3,16 +3,18 @@
 Command-line flags and the tables in the documentation are generated from these dataclasses.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Literal
 
 from sso_megatron.linalg.coefficients import coefficient_types
 from sso_megatron.optimizers.settings import (
-    check_not_negative,
-    check_positive,
-    check_types,
+    DECAY,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Rule,
+    at_least,
+    check_fields,
     require,
     setting,
 )
@@ -34,6 +36,7 @@ class SpectralConfig:
         200.0,
         "flops in the time of a byte between ranks, for tp_mode auto",
         "H100: 60 Tflop/s in float32, 300 GB/s over NVLink",
+        rule=POSITIVE,
     )
     qkv_split: Literal["head", "group", "component", "whole"] = setting(
         "head",
@@ -55,6 +58,7 @@ class SpectralConfig:
         512,
         "temporary memory, in MiB, that a step may take, matrices on their way between ranks included; a "
         "matrix that does not fit is worked on alone, above it",
+        rule=at_least(1),
     )
     mup_init: bool = setting(
         False,
@@ -64,21 +68,19 @@ class SpectralConfig:
     )
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_fields(self)
         for pattern in self.exclude:
             try:
                 re.compile(pattern)
             except re.error as error:
                 require(self, "exclude", False, f"must be regular expressions; {pattern!r} has {error}")
-        check_positive(self, "flops_per_byte")
-        require(self, "workspace_mib", self.workspace_mib >= 1, "must be at least 1")
 
 
 @dataclass(frozen=True)
 class SSOConfig:
     """Settings of SSO and MuonSphere (arXiv 2601.08393)."""
 
-    momentum: float = setting(0.9, "decay of the gradient's moving average", "paper")
+    momentum: float = setting(0.9, "decay of the gradient's moving average", "paper", rule=DECAY)
     nesterov: bool = setting(True, "look ahead by one gradient", "paper")
     radius_mode: Literal["spectral_mup", "identity", "from_weights"] = setting(
         "spectral_mup",
@@ -86,7 +88,9 @@ class SSOConfig:
         "norm that the weight has at the first step: a pretrained model does not jump",
         "paper; from_weights ours",
     )
-    radius_scaler: float = setting(1.0, "the factor c of the radius", "paper, fig. 5: 0.1 .. 10")
+    radius_scaler: float = setting(
+        1.0, "the factor c of the radius", "paper, fig. 5: 0.1 .. 10", rule=POSITIVE
+    )
     scale_mode: Literal["spectral_mup", "align_adam_rms", "spectral_kaiming"] = setting(
         "spectral_mup",
         "factor of the update: spectral_mup R, align_adam_rms 0.2*sqrt(max(d_out,d_in)), "
@@ -98,7 +102,7 @@ class SSOConfig:
         "hard scales the weight to the sphere, dynamic by 1 + alpha*lr*sign(R - sigma)",
         "paper, eq. 34",
     )
-    retract_alpha: float = setting(0.05, "alpha of the dynamic retraction", "paper")
+    retract_alpha: float = setting(0.05, "alpha of the dynamic retraction", "paper", rule=POSITIVE)
     tangent: Literal["solve", "project", "none"] = setting(
         "solve",
         "solve: the steepest tangent step (SSO); project: msign, then its radial part removed; "
@@ -112,11 +116,14 @@ class SSOConfig:
         "ours; paper",
     )
     solver_trials: int = setting(
-        2, "trials a step of the tracking solver: the last by msign, the others by a rough measure", "ours"
+        2,
+        "trials a step of the tracking solver: the last by msign, the others by a rough measure",
+        "ours",
+        rule=at_least(2),  # with one, the slope that the next start is reckoned with is never seen
     )
-    solver_tolerance: float = setting(2e-4, "|h(lambda)| at which bisection stops", "paper")
-    solver_max_iterations: int = setting(20, "halvings of the bisection", "paper")
-    msign_steps: int = setting(8, "Newton-Schulz steps", "paper")
+    solver_tolerance: float = setting(2e-4, "|h(lambda)| at which bisection stops", "paper", rule=POSITIVE)
+    solver_max_iterations: int = setting(20, "halvings of the bisection", "paper", rule=at_least(1))
+    msign_steps: int = setting(8, "Newton-Schulz steps", "paper", rule=at_least(1))
     coefficient_type: str = setting(
         "polar_express", "Newton-Schulz coefficients, by emerging-optimizers' names", "paper"
     )
@@ -131,21 +138,16 @@ class SSOConfig:
         "emerging-optimizers' kernel, quack comes with the extra gpu",
         "ours",
     )
-    power_block: int = setting(16, "vectors of the power iteration", "ours")
-    power_degree: int = setting(6, "degree of the power iteration's Chebyshev filter", "ours")
+    power_block: int = setting(16, "vectors of the power iteration", "ours", rule=at_least(1))
+    power_degree: int = setting(
+        6, "degree of the power iteration's Chebyshev filter", "ours", rule=at_least(1)
+    )
     weight_decay: float = setting(
-        0.0, "decoupled weight decay of the matrices; hard retraction undoes it", "paper"
+        0.0, "decoupled weight decay of the matrices; hard retraction undoes it", "paper", rule=NOT_NEGATIVE
     )
 
     def __post_init__(self) -> None:
-        check_types(self)
-        require(self, "momentum", 0 <= self.momentum < 1, "must lie in [0, 1)")
-        check_positive(self, "radius_scaler", "retract_alpha", "solver_tolerance")
-        for name in ("solver_max_iterations", "msign_steps", "power_block", "power_degree"):
-            require(self, name, getattr(self, name) >= 1, "must be at least 1")
-        # A single trial a step never sees the slope that the next start is reckoned with.
-        require(self, "solver_trials", self.solver_trials >= 2, "must be at least 2")
-        check_not_negative(self, "weight_decay")
+        check_fields(self)
         known = coefficient_types()
         is_known = self.coefficient_type in known
         require(self, "coefficient_type", is_known, f"must be one of {', '.join(known)}")
@@ -157,30 +159,36 @@ class SSOConfig:
 class SpectraConfig:
     """Settings of Spectra (arXiv 2602.11185)."""
 
-    momentum: float = setting(0.95, "decay mu of the heavy ball M <- mu M + G", "paper")
+    momentum: float = setting(0.95, "decay mu of the heavy ball M <- mu M + G", "paper", rule=DECAY)
     nesterov: bool = setting(False, "look ahead by one gradient: G + mu M instead of M")
     rank_ratio: float = setting(
-        0.015, "singular values of the spike by the short side of the matrix; at least one", "paper"
+        0.015,
+        "singular values of the spike by the short side of the matrix; at least one",
+        "paper",
+        rule=Rule("lie in (0, 1)", lambda value: 0 < value < 1),
     )
-    power_iterations: int = setting(1, "passes of the cached power iteration a step", "paper")
-    update_rms: float = setting(0.2, "root mean square of the update's entries, by lr", "paper")
+    power_iterations: int = setting(
+        1, "passes of the cached power iteration a step", "paper", rule=at_least(1)
+    )
+    update_rms: float = setting(
+        0.2, "root mean square of the update's entries, by lr", "paper", rule=POSITIVE
+    )
     eps: float = setting(
-        1e-8, "added to the root mean square that is divided by; the paper's value is not known to us"
+        1e-8,
+        "added to the root mean square that is divided by; the paper's value is not known to us",
+        rule=POSITIVE,
     )
     momentum_dtype: Literal["fp32", "bf16"] = setting(
         "fp32", "precision that the momentum is kept in; bf16 halves the optimizer's state"
     )
     weight_decay: float = setting(
-        0.1, "decoupled weight decay of the matrices; the paper's value is not known to us"
+        0.1,
+        "decoupled weight decay of the matrices; the paper's value is not known to us",
+        rule=NOT_NEGATIVE,
     )
 
     def __post_init__(self) -> None:
-        check_types(self)
-        require(self, "momentum", 0 <= self.momentum < 1, "must lie in [0, 1)")
-        require(self, "rank_ratio", 0 < self.rank_ratio < 1, "must lie in (0, 1)")
-        require(self, "power_iterations", self.power_iterations >= 1, "must be at least 1")
-        check_positive(self, "update_rms", "eps")
-        check_not_negative(self, "weight_decay")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -188,26 +196,31 @@ class SpectralAdamConfig:
     """Settings of SpectralAdam."""
 
     high_threshold: float = setting(
-        1.5, "ratio of the gradient's Frobenius norm to the last one's above which it is divided", "paper"
+        1.5,
+        "ratio of the gradient's Frobenius norm to the last one's above which it is divided",
+        "paper",
+        rule=POSITIVE,
     )
-    low_threshold: float = setting(0.67, "the ratio below which it is divided", "paper")
-    period: int = setting(50, "it is also divided at every step that this divides, counted from 1", "paper")
-    beta1: float = setting(0.9, "decay of the gradient's moving average; not published")
-    beta2: float = setting(0.95, "decay of its square's; not published")
-    eps: float = setting(1e-8, "AdamW's, also in the ratio of norms; not published")
-    weight_decay: float = setting(0.1, "decoupled weight decay of the matrices", "paper")
+    low_threshold: float = setting(0.67, "the ratio below which it is divided", "paper", rule=POSITIVE)
+    period: int = setting(
+        50, "it is also divided at every step that this divides, counted from 1", "paper", rule=at_least(1)
+    )
+    beta1: float = setting(0.9, "decay of the gradient's moving average; not published", rule=DECAY)
+    beta2: float = setting(0.95, "decay of its square's; not published", rule=DECAY)
+    eps: float = setting(1e-8, "AdamW's, also in the ratio of norms; not published", rule=POSITIVE)
+    weight_decay: float = setting(0.1, "decoupled weight decay of the matrices", "paper", rule=NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_positive(self, "high_threshold", "low_threshold", "eps")
+        check_fields(self)
         is_ordered = self.low_threshold < self.high_threshold
         require(
             self, "low_threshold", is_ordered, f"must be less than high_threshold={self.high_threshold}"
         )
-        require(self, "period", self.period >= 1, "must be at least 1")
-        for name in ("beta1", "beta2"):
-            require(self, name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
-        check_not_negative(self, "weight_decay")
+
+
+def _is_c(value: float) -> bool:
+    """Whether squares of the ratio of an update to this ``c`` stay within float32."""
+    return 1e-6 <= value <= 1e9
 
 
 @dataclass(frozen=True)
@@ -217,24 +230,40 @@ class SpectralClipConfig:
     base: Literal["adamw", "signum", "ademamix"] = setting(
         "adamw", "optimizer whose updates are clipped", "paper"
     )
-    c: float = setting(10.0, "spectral norm that no clipped update exceeds", "paper")
+    c: float = setting(
+        10.0,
+        "spectral norm that no clipped update exceeds",
+        "paper",
+        rule=Rule("lie in [1e-6, 1e9]", _is_c),
+    )
     c_warmup_steps: int = setting(
         0,
         "steps of the learning rate's warmup, over which c is c*lr_peak/lr; 0: c does not change",
         "paper: as long as the warmup",
+        rule=NOT_NEGATIVE,
     )
     lr_peak: float = setting(
         0.0,
         "learning rate that the warmup ends at; 0: max_lr of the parameter group, or else the learning "
         "rate that the group is made with",
         "paper",
+        rule=NOT_NEGATIVE,
     )
     c_decay: Literal["none", "linear", "sqrt", "cosine", "exp", "square"] = setting(
         "none", "how c falls over the last c_decay_steps", "paper; sqrt in its 780M and 820M runs"
     )
-    c_decay_steps: int = setting(0, "the last steps, over which c falls", "paper: a fifth of them")
-    c_final: float = setting(0.0, "share of c that the decay ends at", "published code")
-    train_steps: int = setting(0, "steps of the whole training, which c_decay and ademamix look at")
+    c_decay_steps: int = setting(
+        0, "the last steps, over which c falls", "paper: a fifth of them", rule=NOT_NEGATIVE
+    )
+    c_final: float = setting(
+        0.0,
+        "share of c that the decay ends at",
+        "published code",
+        rule=Rule("lie in [0, 1]", lambda value: 0 <= value <= 1),
+    )
+    train_steps: int = setting(
+        0, "steps of the whole training, which c_decay and ademamix look at", rule=NOT_NEGATIVE
+    )
     apply_to: Literal["all", "2d"] = setting(
         "all",
         "all: parameters that are no matrices are clipped too, by their norm; 2d: matrices alone",
@@ -247,41 +276,43 @@ class SpectralClipConfig:
         "published code; continuous ours",
     )
     pre_clip_c: float = setting(
-        0.0, "c of clipping the gradients of matrices before anything else; 0: not", "paper: 0.1, optional"
+        0.0,
+        "c of clipping the gradients of matrices before anything else; 0: not",
+        "paper: 0.1, optional",
+        rule=Rule("be 0 or in [1e-6, 1e9]", lambda value: value == 0 or _is_c(value)),
     )
-    beta1: float = setting(0.9, "adamw, ademamix: decay of the gradient's average", "paper")
+    beta1: float = setting(0.9, "adamw, ademamix: decay of the gradient's average", "paper", rule=DECAY)
     beta2: float = setting(
-        0.95, "adamw: decay of the squared gradient's average", "SSO paper; this one 0.999"
+        0.95, "adamw: decay of the squared gradient's average", "SSO paper; this one 0.999", rule=DECAY
     )
-    eps: float = setting(1e-8, "adamw, ademamix: added to the root", "torch, apex")
-    momentum: float = setting(0.95, "signum: decay of the gradient's average", "paper")
+    eps: float = setting(1e-8, "adamw, ademamix: added to the root", "torch, apex", rule=POSITIVE)
+    momentum: float = setting(0.95, "signum: decay of the gradient's average", "paper", rule=DECAY)
     nesterov: bool = setting(True, "signum: look ahead by one gradient", "paper")
-    ademamix_beta2: float = setting(0.999, "ademamix: decay of the squared gradient's average", "paper")
-    ademamix_beta3: float = setting(0.999, "ademamix: decay of the slow average", "paper")
-    ademamix_alpha: float = setting(8.0, "ademamix: weight of the slow average", "paper")
-    ademamix_warmup_steps: int = setting(
-        0, "ademamix: steps over which beta3 and alpha grow; 0: train_steps", "paper: all steps"
+    ademamix_beta2: float = setting(
+        0.999, "ademamix: decay of the squared gradient's average", "paper", rule=DECAY
     )
-    msign_steps: int = setting(8, "Newton-Schulz steps", "ours; the paper has 10 of another iteration")
-    weight_decay: float = setting(0.1, "decoupled weight decay of the matrices; vectors have none", "paper")
+    ademamix_beta3: float = setting(0.999, "ademamix: decay of the slow average", "paper", rule=DECAY)
+    ademamix_alpha: float = setting(8.0, "ademamix: weight of the slow average", "paper", rule=NOT_NEGATIVE)
+    ademamix_warmup_steps: int = setting(
+        0,
+        "ademamix: steps over which beta3 and alpha grow; 0: train_steps",
+        "paper: all steps",
+        rule=NOT_NEGATIVE,
+    )
+    msign_steps: int = setting(
+        8,
+        "Newton-Schulz steps",
+        "ours; the paper has 10 of another iteration",
+        rule=at_least(7),  # with six the table overshoots 1 by 1e-3, and so the clipped norm c
+    )
+    weight_decay: float = setting(
+        0.1, "decoupled weight decay of the matrices; vectors have none", "paper", rule=NOT_NEGATIVE
+    )
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_positive(self, "eps")
-        # Beyond, squares of the ratio of an update to c leave float32.
-        require(self, "c", 1e-6 <= self.c <= 1e9, "must lie in [1e-6, 1e9]")
-        is_off = self.pre_clip_c == 0
-        require(self, "pre_clip_c", is_off or 1e-6 <= self.pre_clip_c <= 1e9, "must be 0 or in [1e-6, 1e9]")
-        for name in ("beta1", "beta2", "momentum", "ademamix_beta2", "ademamix_beta3"):
-            require(self, name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
-        check_not_negative(self, "lr_peak", "ademamix_alpha", "weight_decay", "c_warmup_steps")
-        check_not_negative(self, "c_decay_steps", "train_steps", "ademamix_warmup_steps")
-        # With six the table overshoots 1 by 1e-3, and so the clipped norm c.
-        require(self, "msign_steps", self.msign_steps >= 7, "must be at least 7")
-        least = 0 if self.c_decay != "exp" else math.ulp(0.0)
-        require(
-            self, "c_final", least <= self.c_final <= 1, "must lie in [0, 1], with c_decay='exp' above 0"
-        )
+        check_fields(self)
+        fades = self.c_decay != "exp" or self.c_final > 0
+        require(self, "c_final", fades, "must be above 0 with c_decay='exp'")
         decays = self.c_decay != "none"
         for name in ("c_decay_steps", "c_final"):
             require(self, name, decays or not getattr(self, name), "has an effect only with c_decay")

@@ -3,13 +3,37 @@
 import dataclasses
 import math
 import typing
-from dataclasses import field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def setting(default: Any, help: str, source: str = "") -> Any:
-    """A dataclass field with what its flag's help and the documentation say about it."""
-    return field(default=default, metadata={"help": help, "source": source})
+@dataclass(frozen=True)
+class Rule:
+    """What a setting's value must be, beyond its type.
+
+    Attributes:
+        text: completes "must"; the documentation shows it.
+        holds: whether a value is allowed.
+    """
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Rule("be positive and finite", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Rule("be finite and not negative", lambda value: 0 <= value < math.inf)
+DECAY = Rule("lie in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def at_least(least: int) -> Rule:
+    """The rule that a value must not be less."""
+    return Rule(f"be at least {least}", lambda value: value >= least)
+
+
+def setting(default: Any, help: str, source: str = "", rule: Rule | None = None) -> Any:
+    """A dataclass field with its rule, and what its flag's help and the documentation say about it."""
+    return field(default=default, metadata={"help": help, "source": source, "rule": rule})
 
 
 def require(config: Any, name: str, ok: bool, rule: str) -> None:
@@ -31,11 +55,11 @@ def choices_of(config_type: type, name: str) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
-def check_types(config: Any) -> None:
-    """``require`` that fields are of their types, and ``Literal`` ones of their values."""
+def check_fields(config: Any) -> None:
+    """``require`` that fields are of their types, and keep their choices and rules."""
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
-        value, hint = getattr(config, f.name), hints[f.name]
+        value, hint, rule = getattr(config, f.name), hints[f.name], f.metadata["rule"]
         choices = choices_of(type(config), f.name)
         if choices:
             listed = ", ".join(map(str, choices))
@@ -45,19 +69,8 @@ def check_types(config: Any) -> None:
         elif hint in (int, float):
             is_number = isinstance(value, (int, hint)) and not isinstance(value, bool)
             require(config, f.name, is_number, f"must be {'an integer' if hint is int else 'a number'}")
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """``require`` of the fields named that they are positive and finite."""
-    for name in names:
-        is_positive = 0 < getattr(config, name) < math.inf
-        require(config, name, is_positive, "must be positive and finite")
-
-
-def check_not_negative(config: Any, *names: str) -> None:
-    """``require`` of the fields named that they are finite and not negative."""
-    for name in names:
-        require(config, name, 0 <= getattr(config, name) < math.inf, "must be finite and not negative")
+        if rule is not None:
+            require(config, f.name, rule.holds(value), f"must {rule.text}")
 
 
 def one_config[C](config_type: type[C], config: C | None, settings: dict[str, Any]) -> C:
