@@ -307,12 +307,30 @@ def test_the_page_of_flags_is_the_parser(megatron) -> None:  # type: ignore[no-u
     flags = [flag for row in rows for flag in re.findall(r"`(--[\w-]+)`", row)]
     titles = re.findall(r"<!-- flags: (.+) -->", page)
     assert titles == list(GENERATE["groups"]())
-    run = megatron.run(["flags.json"], main="test_docs:new_flags_from_command_line")
-    assert sorted(flags) == json.loads((run.folder / "flags.json").read_text())
+    megatrons, ours = flags_of_megatron(megatron)
+    assert sorted(flags) == sorted(ours)
+    assert not megatrons & ours
 
 
-def new_flags_from_command_line() -> None:
-    """What a rank of the zygote runs: writes the flags that are in Megatron's parser because of us."""
+def test_switching_names_flags_that_there_are(megatron) -> None:  # type: ignore[no-untyped-def]
+    """Of the authors' fork nothing is installed."""
+    page = (ROOT / "docs" / "switching.md").read_text(encoding="utf-8")
+    named = {flag for flag in re.findall(r"--[a-z][\w-]+\w(?![\w-])", page) if "spectral-ball" not in flag}
+    runs = {"--nproc-per-node"}
+    plans = {"--world-size", "--flops"}
+    megatrons, ours = flags_of_megatron(megatron)
+    assert named - runs - plans <= megatrons | ours
+
+
+def flags_of_megatron(megatron) -> tuple[set[str], set[str]]:  # type: ignore[no-untyped-def]
+    """Those of its own, and those that its parser has because of us."""
+    run = megatron.run(["flags.json"], main="test_docs:flags_from_command_line")
+    theirs, all_flags = (set(flags) for flags in json.loads((run.folder / "flags.json").read_text()))
+    return theirs, all_flags - theirs
+
+
+def flags_from_command_line() -> None:
+    """What a rank of the zygote runs: writes the flags of Megatron's parser, without ours and with them."""
     from megatron.training import arguments
 
     from sso_megatron.mcore.arguments import add_arguments
@@ -322,9 +340,9 @@ def new_flags_from_command_line() -> None:
         arguments.add_megatron_arguments, "_sso_megatron_original", arguments.add_megatron_arguments
     )
     theirs(parser)
-    before = set(parser._option_string_actions)
+    before = sorted(parser._option_string_actions)
     add_arguments(parser)
-    Path(sys.argv[1]).write_text(json.dumps(sorted(set(parser._option_string_actions) - before)))
+    Path(sys.argv[1]).write_text(json.dumps([before, sorted(parser._option_string_actions)]))
 
 
 @pytest.mark.parametrize(
