@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
-from browser import Browser, browser
+from browser import Browser, Page, browser
 
 __all__ = ["browser"]
 
@@ -138,21 +139,37 @@ for (const page of pages) {
 """
 
 
-@pytest.mark.parametrize("width", [400, 1280])
-def test_every_page_in_a_browser(browser: Browser, site: Path, width: int) -> None:
-    """No error, no request to a host, no picture missing, and nothing wider than a phone."""
-    pages = sorted(str(path.relative_to(site)) for path in site.rglob("*.html"))
-    frames = site / f"frames{width}.htm"
+def look(browser: Browser, folder: Path, width: int) -> tuple[Page, list[dict[str, Any]]]:
+    """All pages of a folder in frames of one page, and what each frame is like."""
+    pages = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.html"))
+    frames = folder / f"frames{width}.htm"
     frames.write_text(FRAMES % (json.dumps(pages), width), encoding="utf-8")
     page = browser.open(frames, "--allow-file-access-from-files")
     (text,) = re.findall(r'<pre id="found">(.*?)</pre>', page.dom, re.DOTALL)
     found = [json.loads(line) for line in html.unescape(text).splitlines()]
     assert sorted(one["page"] for one in found) == pages
+    return page, found
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_every_page_in_a_browser(browser: Browser, site: Path, width: int) -> None:
+    """No error, no request to a host, no picture missing, and nothing wider than a phone."""
+    page, found = look(browser, site, width)
     for one in found:
         assert one["wide"] <= one["room"], one
         assert not one["dead"], one
     assert page.messages == []
     assert page.requests == []
+
+
+def test_the_browser_would_tell(browser: Browser, tmp_path: Path) -> None:
+    body = "<img src=none.png><div style='width:900px'>wide</div><script>none()</script>"
+    (tmp_path / "bad.html").write_text(f"<link rel=stylesheet href=http://example.org/a.css>{body}")
+    page, (found,) = look(browser, tmp_path, 400)
+    assert found["wide"] > found["room"]
+    assert found["dead"] == [(tmp_path / "none.png").as_uri()]
+    assert any("none is not defined" in message for message in page.messages)
+    assert any("example.org/a.css" in request for request in page.requests)
 
 
 def test_search_works_without_a_server(browser: Browser, site: Path) -> None:
