@@ -1,5 +1,6 @@
 """What a rank's real optimizers hold and do, for ``test_plan.py``; and the command itself."""
 
+import argparse
 import resource
 import sys
 from collections import Counter
@@ -7,6 +8,22 @@ from typing import Any
 
 import torch
 from probes import around_train, save, spectral_optimizers
+
+
+def plan_experiment() -> None:
+    """A plan of the experiment that is this rank's first argument; the others are of both commands."""
+    from sso_megatron.cli import experiments
+    from sso_megatron.cli.plan import add_parser
+    from sso_megatron.cli.render import render
+
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    name, *arguments = sys.argv[1:]
+    flags = parser.parse_known_args(["plan", *arguments])[1]
+    own = arguments[: len(arguments) - len(flags)]
+    words = [word for line in render(experiments.read(name), None, flags) for word in line]
+    sys.argv = ["sso-megatron", *own, *words]
+    plan()
 
 
 def plan() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "configs" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 MEGATRON = {"-m sso_megatron.pretrain_gpt", "-m sso_megatron.run"}
 
@@ -37,6 +37,10 @@ def commands(page: Path) -> list[list[str]]:
         lines += block.replace("\\\n", " ").splitlines()
     for block in blocks(page, "diff"):
         lines += [line[1:] for line in block.splitlines() if line.startswith("+")]
+    # What `xargs -0` gets from `render` is $FLAGS elsewhere.
+    lines = [
+        re.sub(r"^xargs -0 (.*)", r"\1 $FLAGS", part) for line in lines for part in re.split(r" \| +", line)
+    ]
     return [words for line in lines if (words := shlex.split(line.removeprefix("$ "), comments=True))]
 
 
@@ -48,7 +52,7 @@ def test_every_fence_has_a_language_that_is_checked_or_plain() -> None:
     for page in PAGES:
         languages = re.findall(r"^```(\w*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
         assert len(languages) % 2 == 0, f"{page}: a block is not closed"
-        assert set(languages[::2]) <= {"python", "bash", "console", "diff", ""}, page
+        assert set(languages[::2]) <= {"python", "bash", "console", "diff", "yaml", ""}, page
         assert set(languages[1::2]) <= {""}, page
 
 
@@ -114,7 +118,7 @@ def check_make(words: list[str]) -> None:
 
 def check_sso_megatron(words: list[str]) -> None:
     """Run ``data``, and ``bench`` on less; what names files of an example, or ranks, is parsed alone."""
-    from sso_megatron.cli import bench, criterion, data, export, plan, plot, watch
+    from sso_megatron.cli import bench, criterion, data, experiments, export, plan, plot, render, watch
     from sso_megatron.cli.main import main
 
     if words[0] == "first-run":
@@ -122,10 +126,12 @@ def check_sso_megatron(words: list[str]) -> None:
         return
     parser = argparse.ArgumentParser(exit_on_error=False)
     subparsers = parser.add_subparsers()
-    for command in (bench, criterion, data, export, plan, plot, watch):
+    for command in (bench, criterion, data, export, plan, plot, render, watch):
         command.add_parser(subparsers)
     options, others = parser.parse_known_args(words)
-    if words[0] != "plan":  # whose other flags are Megatron's: test_flags_parse
+    if words[0] == "render" and others:
+        experiments.read(others[0])
+    elif words[0] != "plan":  # their other flags are Megatron's: test_flags_parse
         assert not others, others
     if words[0] == "bench" and options.tp == 1:
         small = shlex.split("--hidden 128 --layers 2 --repeats 2 --warmup 1")
@@ -207,6 +213,15 @@ def plan_flags(words: list[str]) -> tuple[int, list[str], bool]:
     return options.world_size or 1, given, given == others
 
 
+def render_flags(words: list[str]) -> list[str]:
+    """Megatron's flags behind the name of an experiment."""
+    from sso_megatron.cli import render
+
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    render.add_parser(parser.add_subparsers())
+    return parser.parse_known_args(["render", *words])[1][1:]
+
+
 PLACEHOLDERS = {"...", "$FLAGS"}
 
 
@@ -220,6 +235,8 @@ def megatron_command_lines() -> list[tuple[str, int, list[str], bool]]:
             found.append((page.name, ranks, given, given == flags))
         elif words[:2] == ["sso-megatron", "plan"]:
             found.append((page.name, *plan_flags(words[2:])))
+        elif words[:2] == ["sso-megatron", "render"]:
+            found.append((page.name, 1, render_flags(words[2:]), False))
         elif words[:2] == ["make", "pretrain"]:
             variables = make_variables(words[1:])[1]
             arguments = ["--optimizer", variables.get("OPTIMIZER", "sso")]
@@ -259,6 +276,20 @@ def test_wrong_flags_do_not_parse(megatron, flags) -> None:  # type: ignore[no-u
     lines = [("nowhere", 1, ["--optimizer", "sso", *flags], False)]
     run = megatron.run([json.dumps(lines)], main="test_docs:parse_from_command_line", fails=True)
     assert run.codes != [0]
+
+
+def test_experiments_render(megatron, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Every YAML block is an experiment; the first point of its sweep is rendered, if it has one."""
+    texts = [block for page in PAGES for block in blocks(page, "yaml")]
+    lines = []
+    for number, text in enumerate(texts):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        lines.append([str(path), *(["--point", "0"] if "sweep:" in text else [])])
+    (tmp_path / "lines.json").write_text(json.dumps(lines))
+    run = megatron.run([str(tmp_path / "lines.json")], main="config_probes:render")
+    answers = json.loads((run.folder / "answers.json").read_text())
+    assert [(code, said) for code, _, said in answers] == [(0, "")] * len(texts) and texts
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """``sso-megatron plan`` against real runs, parameter by parameter, and against counts by hand."""
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -138,26 +139,13 @@ PLACE = ("stage", "tensor", "data", "expert_tensor", "expert_data")
 
 # ---------------------------------------------------------------- the paper's models
 
-PAPER = """
---seq-length 4096 --max-position-embeddings 4096 --kv-channels 128 --swiglu --normalization RMSNorm
---norm-epsilon 1e-6 --qk-layernorm --position-embedding-type rope --rotary-base 1000000
---untie-embeddings-and-output-weights --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
---group-query-attention --tokenizer-type NullTokenizer --vocab-size 100278 --mock-data --bf16
---micro-batch-size 8 --global-batch-size 1024 --train-iters 23841 --lr 5e-3 --weight-decay 0.1
---adam-beta2 0.95 --optimizer sso
-"""
-EXPERTS = """
---num-experts 64 --moe-router-topk 4 --moe-ffn-hidden-size 768 --moe-shared-expert-intermediate-size 768
---moe-layer-freq ([0]+[1]*26) --moe-token-dispatcher-type alltoall --moe-grouped-gemm
---expert-model-parallel-size 8 --moe-router-load-balancing-type none
-"""
+# Its files are not here: as many tokens as OLMo-2's tokenizer has.
+NO_FILES = "--tokenizer-type NullTokenizer --vocab-size 100278"
 
 
-def shape_flags(layers: int, hidden: int, ffn: int, heads: int) -> str:
-    return (
-        f"--num-layers {layers} --hidden-size {hidden} --ffn-hidden-size {ffn} "
-        f"--num-attention-heads {heads} --num-query-groups {heads // 2}"
-    )
+def plan_experiment(megatron: Megatron, name: str, flags: str, *options: object) -> Run:
+    argv = [name, *map(str, options), "--json", "plan.json", *shlex.split(f"{NO_FILES} {flags}")]
+    return megatron.run(argv, main="plan_probes:plan_experiment")
 
 
 def hand_count(
@@ -170,32 +158,51 @@ def hand_count(
     if not moe:
         kinds |= dict.fromkeys(("gate", "up", "down"), layers)
         return layers * (attention + 3 * hidden * ffn) + norms, kinds
-    kinds |= dict.fromkeys(("gate", "up", "down"), 1) | {"router": layers - 1}
+    kinds |= dict.fromkeys(("gate", "up", "down"), 1) | {"router": layers - 1, "gate_weight": layers - 1}
     kinds |= {f"expert {kind}": 64 * (layers - 1) for kind in ("gate", "up", "down")}
     kinds |= {f"shared {kind}": layers - 1 for kind in ("gate", "up", "down")}
-    experts = 65 * 3 * hidden * 768 + 64 * hidden
+    experts = 65 * 3 * hidden * 768 + (64 + 1) * hidden  # the router, and the shared expert's gate
     return layers * attention + 3 * hidden * ffn + (layers - 1) * experts + norms, kinds
 
 
-MODELS: dict[str, tuple[tuple[int, int, int, int], str, float]] = {
-    "Dense 1.7B": ((28, 2048, 6144, 16), "", 1.409e9),
-    "MoE 8B-A1B": ((27, 2048, 4096, 16), EXPERTS, 8.34e9),
-    "DeepNet-200": ((200, 512, 1536, 8), "--pipeline-model-parallel-size 8", 0.786e9),
+MODELS: dict[str, tuple[tuple[int, int, int, int], float]] = {
+    "dense_1.7b": ((28, 2048, 6144, 16), 1.409e9),
+    "moe_8b_a1b": ((27, 2048, 4096, 16), 8.34e9),
+    "deepnet_200": ((200, 512, 1536, 8), 0.786e9),
 }
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_papers_models_are_what_a_hand_counts(megatron: Megatron, model: str) -> None:
-    sizes, more, published = MODELS[model]
-    planned = read(plan(megatron, shlex.split(f"{PAPER} {shape_flags(*sizes)} {more}")))
+    sizes, published = MODELS[model]
+    planned = read(plan_experiment(megatron, f"{model}_sso", ""))
     totals = planned["totals"]
-    number, kinds = hand_count(*sizes, moe=bool("--num-experts" in more))
+    number, kinds = hand_count(*sizes, moe=model.startswith("moe"))
     assert totals["parameters_without_embeddings"] == number
     assert totals["parameters_without_embeddings"] == pytest.approx(published, rel=1e-3)
     assert totals["parameters"] == number + 2 * sizes[1] * 100352  # rows padded to a multiple of 128
     assert totals["matrices"] == kinds
-    seen = Counter(m["kind"] for p in planned["parameters"] for m in p["matrices"])
-    assert seen == kinds
+    matrices = [m for p in planned["parameters"] for m in p["matrices"]]
+    assert Counter(m["kind"] for m in matrices) == kinds
+    if model.startswith("moe"):
+        experts = sum(math.prod(m["shape"]) for m in matrices if m["kind"].startswith("expert "))
+        assert number - experts * 60 / 64 == pytest.approx(0.98e9, rel=5e-3), "active, 4 of 64 experts"
+
+
+SIZES = {
+    "llama_160m_adamw_wsd": 160e6,
+    "llama_780m_adamw": 780e6,
+    "llama_820m_adamw": 820e6,
+    "qwen_134m_spectral_adam": 134e6,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_shapes_that_are_not_published_in_full_have_the_published_size(
+    megatron: Megatron, name: str
+) -> None:
+    planned = read(plan_experiment(megatron, name, "--vocab-size 50257"))
+    assert planned["totals"]["parameters"] == pytest.approx(SIZES[name], rel=0.02)
 
 
 def test_a_trillion_parameters_take_little_memory(megatron: Megatron) -> None:
@@ -203,11 +210,11 @@ def test_a_trillion_parameters_take_little_memory(megatron: Megatron) -> None:
     --num-layers 61 --hidden-size 7168 --ffn-hidden-size 18432 --num-attention-heads 64
     --num-query-groups 64 --num-experts 384 --moe-router-topk 8 --moe-ffn-hidden-size 2048
     --global-batch-size 2048 --moe-shared-expert-intermediate-size 2048 --moe-layer-freq ([0]+[1]*60)
-    --moe-token-dispatcher-type flex --moe-grouped-gemm --fp8-format hybrid
+    --moe-token-dispatcher-type flex --moe-shared-expert-overlap false --fp8-format hybrid
     --tensor-model-parallel-size 8 --sequence-parallel --expert-model-parallel-size 128
-    --expert-tensor-parallel-size 1 --use-distributed-optimizer --moe-router-load-balancing-type none
+    --expert-tensor-parallel-size 1
     """
-    run = plan(megatron, shlex.split(f"{PAPER} {model}"), "--world-size", 2048)
+    run = plan_experiment(megatron, "moe_8b_a1b_sso", model, "--world-size", 2048)
     planned = read(run)
     assert planned["totals"]["parameters"] > 1e12
     assert planned["totals"]["matrices"]["expert gate"] == 60 * 384

@@ -1,10 +1,10 @@
 """``sso-megatron render``: the flags of an experiment, checked by Megatron's own parser."""
 
 import argparse
+import functools
 import shlex
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from sso_megatron.cli.experiments import Experiment, Given
 if TYPE_CHECKING:
     from sso_megatron.mcore.flag_parser import FlagParser
 
-_fail = partial(quietly.fail, "render")
+_fail = functools.partial(quietly.fail, "render")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     name, *flags = options.megatron_flags or [""]
     try:
         if options.list:
-            _show_list(options, Console())
+            _show_list(options)
             return 0
         if not name or name.startswith("-"):
             raise ValueError("name an experiment first, then its flags; --list shows all experiments")
@@ -95,14 +95,7 @@ def render(experiment: Experiment, index: int | None, more: Sequence[str]) -> li
         ValueError: something is no flag, or does not take its value; the message says where it stands.
     """
     swept = {} if index is None else experiment.point(index)
-    with quietly.without_noise() as (_, said):
-        try:
-            quietly.enter()
-            from sso_megatron.mcore.flag_parser import FlagParser
-
-            parser = FlagParser()
-        except SystemExit:
-            raise ImportError(said.getvalue()) from None
+    parser = _parser()
     given = experiment.flags | {flag: Given(value, experiment.path) for flag, value in swept.items()}
     lines: dict[str, list[str]] = {}
     there: dict[str, tuple[str, Given]] = {}
@@ -125,6 +118,18 @@ def render(experiment: Experiment, index: int | None, more: Sequence[str]) -> li
     return [words for words in lines.values() if words]
 
 
+@functools.cache
+def _parser() -> "FlagParser":
+    with quietly.without_noise() as (_, said):
+        try:
+            quietly.enter()
+            from sso_megatron.mcore.flag_parser import FlagParser
+
+            return FlagParser()
+        except SystemExit:
+            raise ImportError(said.getvalue()) from None
+
+
 def _read(parser: "FlagParser", flag: str, what: Given) -> tuple[str, list[str]]:
     """What a flag sets and its words, with the file in an error."""
     try:
@@ -133,11 +138,12 @@ def _read(parser: "FlagParser", flag: str, what: Given) -> tuple[str, list[str]]
         raise ValueError(f"{what.path}: {error}") from None
 
 
-def _show_list(options: argparse.Namespace, console: Console) -> None:
+def _show_list(options: argparse.Namespace) -> None:
     table = Table("experiment", "about", "points", box=None)
     folder = experiments.configs_folder(options.configs)
     for name in experiments.names(folder):
         found = experiments.read(name, folder)
         table.add_row(name, found.about, str(len(found.points()) or ""))
-    console = console if console.is_terminal else Console(width=200)
+    console = Console(markup=False)
+    console = console if console.is_terminal else Console(markup=False, width=200)
     console.print(table)
