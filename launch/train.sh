@@ -13,12 +13,13 @@
 # for by name, then Slurm's:
 #
 #   NNODES, NODE_RANK           1 and 0; SLURM_NNODES, SLURM_NODEID
-#   MASTER_ADDR, MASTER_PORT    node 0 as the others reach it; the first of SLURM_JOB_NODELIST. 29500;
-#                               in a Slurm job a port made of its number
+#   MASTER_ADDR, MASTER_PORT    node 0 as the others reach it, and a free port there; the first of
+#                               SLURM_JOB_NODELIST, and 29500
 #   NPROC_PER_NODE              ranks on each node; SLURM_GPUS_ON_NODE, or as many as nvidia-smi lists
 #   RUNS                        runs: the folder of all runs
 #   RUN_DIR                     RUNS/EXPERIMENT: checkpoints, records, logs; a run in there goes on
 #   LOG_DIR                     where each rank's output goes as well, if set
+#   LEAVE_FILE                  when this file appears, it is as if SIGUSR1 had come
 #   SCRIPT                      a training script of your own, such as Megatron-LM's pretrain_gpt.py
 #   PYTHON                      the checkout's .venv, or python3
 #   and the variables of env.sh
@@ -93,10 +94,7 @@ find_rendezvous() {
         ((nnodes == 1)) || fail "NNODES=$nnodes needs MASTER_ADDR, the name of node 0 as the others reach it"
         master_addr=127.0.0.1
     fi
-    # Jobs that share a node must not share a port, nor take one that the system hands out by itself.
-    master_port=29500
-    if [[ -n ${SLURM_JOB_ID:-} ]]; then master_port=$((20000 + SLURM_JOB_ID % 10000)); fi
-    master_port=${MASTER_PORT:-$master_port}
+    master_port=${MASTER_PORT:-29500}
     whole MASTER_PORT "$master_port" 1
 
     nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
@@ -164,20 +162,24 @@ read_command() {
     eval "command=(${lines[2 * node_rank + 1]})" # quoted by print_commands
 }
 
-# run_command: this node's; forwards signals.
+# run_command: this node's; passes on signals.
 run_command() {
-    local agent signalled=1 status
+    local agent pause leaving=0
     type -P pkill >/dev/null || fail 'pkill is missing; install procps'
     # torchrun would end at SIGUSR1, so it ignores it, and its ranks do until Megatron listens.
     (trap '' USR1 && exec "${command[@]}") &
     agent=$!
-    trap 'signalled=1; pkill -USR1 -P "$agent" || true' USR1
-    trap 'signalled=1; kill -TERM "$agent" || true' TERM INT HUP
-    while ((signalled)); do # a trap interrupts the wait
-        signalled=0 status=0
-        wait "$agent" || status=$?
+    trap 'leaving=1' USR1
+    trap 'kill -TERM "$agent" || true' TERM INT HUP
+    while kill -0 "$agent" 2>/dev/null; do
+        if [[ -n ${LEAVE_FILE:-} && -e $LEAVE_FILE ]]; then leaving=1; fi
+        if ((leaving)); then pkill -USR1 -P "$agent" || true; fi # again and again, until Megatron listens
+        sleep 5 &
+        pause=$!
+        wait -n "$agent" "$pause" || true # a signal interrupts it
+        kill "$pause" 2>/dev/null || true
     done
-    return "$status"
+    wait "$agent"
 }
 
 read_options "$@"

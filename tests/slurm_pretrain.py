@@ -1,6 +1,7 @@
 """Our training script for test_slurm.py: it waits, crashes or goes wrong where the environment says.
 
-HOLD     a folder: an iteration whose number is a file in there waits until that file is gone
+HOLD     a folder: an iteration whose number is a file in there waits until that file is gone, or until
+         Megatron has got the signal to leave
 FAULT    ``crash``: exit code 1 at once; ``spoil``: no gradient is finite
 """
 
@@ -17,9 +18,10 @@ _forward_step = pretrain_gpt.forward_step
 
 
 def forward_step(*args: Any, **named: Any) -> Any:
-    from megatron.training import get_args
+    from megatron.training import get_args, get_signal_handler
 
-    while (_HOLD / str(get_args().curr_iteration + 1)).exists():
+    file = _HOLD / str(get_args().curr_iteration + 1)
+    while file.exists() and not get_signal_handler()._signal_received:
         time.sleep(0.1)
     return _forward_step(*args, **named)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -41,7 +42,13 @@ def commands(page: Path) -> list[list[str]]:
     lines = [
         re.sub(r"^xargs -0 (.*)", r"\1 $FLAGS", part) for line in lines for part in re.split(r" \| +", line)
     ]
-    return [words for line in lines if (words := shlex.split(line.removeprefix("$ "), comments=True))]
+    commands = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
+    return [words for words in map(without_variables, commands) if words]
+
+
+def without_variables(words: list[str]) -> list[str]:
+    """A command without the ``NAME=value`` in front of it."""
+    return list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))
 
 
 COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
@@ -150,8 +157,42 @@ def check_pip(words: list[str]) -> None:
 
 
 def check_script(words: list[str]) -> None:
-    """``python docs/generate.py``, ``bash .ci/run``: the file is there."""
+    """``python docs/generate.py``, ``bash .ci/run``: the file is there. Dry runs are run."""
     assert (ROOT / words[0]).is_file()
+    if "--dry-run" in words:
+        env = os.environ | {"NPROC_PER_NODE": "8", "PYTHON": sys.executable}
+        result = subprocess.run(
+            ["bash", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        assert " -m sso_megatron.pretrain_gpt " in result.stdout
+
+
+def launched(words: list[str]) -> tuple[str, list[str]]:
+    """Experiment and flags behind ``launch/train.sh`` or a template, and options of theirs."""
+    at = next(i for i, word in enumerate(words) if re.search(r"train\.sh$|\.sbatch$", word))
+    experiment, *flags = itertools.dropwhile(lambda word: word.startswith("--"), words[at + 1 :])
+    return experiment, flags
+
+
+def check_launch(words: list[str]) -> None:
+    """The experiment is there; its flags: test_flags_parse."""
+    from sso_megatron.cli import experiments
+
+    if "--dry-run" in words:
+        check_script(["launch/train.sh", *words])
+    experiments.read(launched(["launch/train.sh", *words])[0])
+
+
+def check_sbatch(words: list[str]) -> None:
+    """The template is there, and the points of a sweep are as many as its experiment has."""
+    from sso_megatron.cli import experiments
+
+    (template,) = [word for word in words if word.endswith(".sbatch")]
+    assert (ROOT / template).is_file()
+    experiment = experiments.read(launched(words)[0])
+    for points in re.findall(r"--array=0-(\d+)", " ".join(words)):
+        assert int(points) + 1 == len(experiment.points())
 
 
 def check_elsewhere(words: list[str]) -> None:
@@ -166,6 +207,8 @@ CHECKS = {
     "bash": check_script,
     "git": check_elsewhere,
     "cd": check_elsewhere,
+    "launch/train.sh": check_launch,
+    "sbatch": check_sbatch,
     "torchrun": check_elsewhere,  # test_flags_parse and test_a_documented_run have them all
 }
 
@@ -237,6 +280,8 @@ def megatron_command_lines() -> list[tuple[str, int, list[str], bool]]:
             found.append((page.name, *plan_flags(words[2:])))
         elif words[:2] == ["sso-megatron", "render"]:
             found.append((page.name, 1, render_flags(words[2:]), False))
+        elif words[0] in ("launch/train.sh", "sbatch"):
+            found.append((page.name, 1, launched(words)[1], False))
         elif words[:2] == ["make", "pretrain"]:
             variables = make_variables(words[1:])[1]
             arguments = ["--optimizer", variables.get("OPTIMIZER", "sso")]

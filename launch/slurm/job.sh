@@ -22,6 +22,13 @@ last_checkpoint() {
     cat "$run_dir/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0
 }
 
+# free_port: below those that the system hands out by itself; jobs that share a node begin at different ones.
+free_port() {
+    local port=$((20000 + SLURM_JOB_ID % 10000))
+    while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
+    echo "$port"
+}
+
 launch() {
     compose_srun
     if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -31,8 +38,10 @@ launch() {
     export NNODES=$SLURM_JOB_NUM_NODES
     # The batch shell runs on node 0; a container may know neither scontrol nor this name.
     export MASTER_ADDR=${MASTER_ADDR:-$(hostname)}
+    export MASTER_PORT=${MASTER_PORT:-$(free_port)}
     run_dir=$("${once[@]}" launch/train.sh --print-run-dir "$@")
     export LOG_DIR=$run_dir/logs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+    export LEAVE_FILE=$LOG_DIR/leave
     mkdir -p "$LOG_DIR"
     checkpoint=$(last_checkpoint)
     say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST goes on from iteration $checkpoint; logs in $LOG_DIR"
@@ -82,14 +91,14 @@ run_step() {
         if ((warned)); then
             if [[ -z $deadline ]]; then
                 say 'the time limit is near: ranks save a checkpoint and end'
+                # Not a signal to the step: Slurm may send it to helpers of the ranks, too, and end them.
+                touch "$LEAVE_FILE"
                 deadline=$(($(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) - 30))
             fi
             if (($(date +%s) >= deadline)); then
                 reason='the time limit is near, and ranks have not ended' step_status=0
                 return
             fi
-            # Again and again, since Megatron may not listen yet.
-            scancel --signal=USR1 "$SLURM_JOB_ID" || true
         fi
         sleep 10 &
         pause=$!
@@ -107,10 +116,12 @@ run_step() {
     fi
 }
 
-# show_failure: what torchrun and this package say of what failed first.
+# show_failure: what torchrun and this package say of what failed first, or else how the logs end.
 show_failure() {
-    say "the first lines about it in $LOG_DIR:"
-    grep -hE -A 7 'Root Cause|sso_megatron: error:' "$LOG_DIR"/node-*.log | head -n 24 || true
+    local found
+    found=$(grep -hE -A 7 'Root Cause|sso_megatron: error:' "$LOG_DIR"/node-*.log | head -n 24) || true
+    say "about it in $LOG_DIR:"
+    echo "${found:-$(tail -q -n 2 "$LOG_DIR"/node-*.log | head -n 24)}"
 }
 
 # rank_failed_with CODE: whether a rank has ended with it, and none before.
