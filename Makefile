@@ -12,8 +12,9 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+WHEELS := .wheels
 
-.PHONY: help venv pretrain test lint bench docs clean distclean
+.PHONY: help venv pretrain wheels test lint bench docs clean distclean
 
 help: ## show this list
 	@echo 'usage: make TARGET [OPTIMIZER=sso] [ARGS="..."] [PYTHON=/path/to/python3.12]'
@@ -37,6 +38,16 @@ venv: $(STAMP) ## create or refresh .venv; the targets below do it by themselves
 
 pretrain: $(STAMP) ## train a tiny model on this machine with OPTIMIZER; ARGS are passed on
 	@$(VENV)/bin/sso-megatron first-run --optimizer $(OPTIMIZER) $(ARGS)
+
+# Of the versions that compat.py names, without what they need: the installed version's is there.
+wheels: $(WHEELS)/.fetched ## fetch the versions of Megatron-Core that tests compare
+$(WHEELS)/.fetched: sso_megatron/mcore/compat.py | $(STAMP)
+	@mkdir -p $(WHEELS); \
+	for version in $$($(PY) -c 'from sso_megatron.mcore.compat import MEGATRON; print(*MEGATRON.tested)'); do \
+	    $(PY) -m pip download --disable-pip-version-check --quiet --no-deps --only-binary :all: \
+	        --dest $(WHEELS) "megatron-core==$$version"; \
+	done; \
+	touch $@
 
 # Two workers that each compute on all cores wait for one another: a thread each is five times as fast.
 # Files in the order of their names, as xdist's own order leaves those of few and long tests to the end.
@@ -68,5 +79,5 @@ clean: ## remove caches and build outputs, keep .venv
 	@rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	@find sso_megatron tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## clean, and remove .venv
-	@rm -rf $(VENV)
+distclean: clean ## clean, and remove .venv and .wheels
+	@rm -rf $(VENV) $(WHEELS)

@@ -39,9 +39,9 @@ setup(
     zip_safe=False,
     install_requires=[
         "torch>=2.9",
-        # 0.19 has the registry of emerging optimizers that the plugin enters through; it is
+        # 0.18 is the first with the registry of emerging optimizers that the plugin enters through; it is
         # private there, so a new minor release is admitted only after it was read and tested.
-        "megatron-core[training]>=0.19,<0.20",
+        "megatron-core[training]>=0.18,<0.20",
         "emerging-optimizers==0.3.0",
         "jinja2>=3.1,<4",
         "matplotlib>=3.8,<4",

@@ -9,6 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,17 @@ def assert_same_run(run: Run, reference: Run, losses: float = 1e-4, weights: flo
     assert errors[worst] <= weights, worst
 
 
+def unpacked(version: str, folder: Path) -> Path:
+    """``folder`` with the files of a megatron-core wheel in it; skips the test if there is no wheel."""
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    wheel = next((HERE.parent / ".wheels").glob(f"megatron_core-{version}-{tag}-*.whl"), None)
+    if wheel is None:
+        pytest.skip(f"no wheel of megatron-core {version} for {tag} in .wheels; make wheels fetches it")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
 def free_port() -> int:
     """A port below those that the system hands out by itself, which would be stolen now and then."""
     for port in random.sample(range(12000, 32000), 100):
@@ -174,8 +186,16 @@ class Megatron:
 
 @pytest.fixture(scope="session")
 def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Megatron]:
+    with zygote(tmp_path_factory.mktemp("megatron")) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def zygote(base: Path, folder: Path | None = None) -> Iterator[Megatron]:
+    """A process that has imported Megatron, the one in ``folder`` if given; its runs go to ``base``."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    base = tmp_path_factory.mktemp("megatron")
+    if folder is not None:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), env.get("PYTHONPATH")]))
     with (base / "zygote.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, str(HERE / "zygote.py")],

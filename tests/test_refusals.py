@@ -177,8 +177,9 @@ def test_an_unsupported_megatron_is_refused(tmp_path: Path) -> None:
     ended = start(["sso_megatron.run", "checkout/pretrain_gpt.py", *tiny()], tmp_path)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1] == (
-        "sso_megatron: error: megatron-core 0.17.1 is not supported, >=0.19,<0.20 is; "
-        "pip install 'megatron-core[training]>=0.19,<0.20'"
+        "sso_megatron: error: megatron-core 0.17.1 cannot work: versions before 0.18 have no registry of "
+        "emerging optimizers, through which the plugin enters; "
+        "pip install 'megatron-core[training]==0.19.2'"
     )
     assert "Traceback" not in ended.stderr
 
@@ -190,7 +191,7 @@ def test_a_missing_emerging_optimizers_is_named(tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1] == (
         "sso_megatron: error: emerging-optimizers is not installed; "
-        "pip install 'emerging-optimizers>=0.3,<0.4'"
+        "pip install 'emerging-optimizers==0.3.0'"
     )
     assert "Traceback" not in ended.stderr
 

@@ -63,4 +63,10 @@ if __name__ == "__main__":
     datasets.is_distributed = True  # type: ignore[attr-defined]
     parsed = parse_and_validate_args()
     container = pretrain_cfg_container_from_args(parsed)
-    pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step, model_provider)
+    pretrain(  # by name: the order differs between versions
+        container,
+        datasets,
+        model_type=ModelType.encoder_or_decoder,
+        forward_step_func=forward_step,
+        model_provider=model_provider,
+    )

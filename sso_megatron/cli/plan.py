@@ -79,7 +79,7 @@ def _make(options: argparse.Namespace) -> Any:
     request = read_flags(
         options.megatron_flags, options.world_size, pretrain_gpt.DEFAULTS, pretrain_gpt.refuse_packed_data
     )
-    plan = make_plan(request, pretrain_gpt.configuration, pretrain_gpt.embedding_ranks)
+    plan = make_plan(request, pretrain_gpt.embedding_ranks)
     plan.warnings = warnings_of(plan, request.args)
     return plan
 

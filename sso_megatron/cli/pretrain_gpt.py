@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sso_megatron.mcore import entry
+from sso_megatron.mcore import entry, run_config
 
 # What a batch holds, and no packed sequences: the model takes the first three, the loss the others.
 _FIELDS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
@@ -23,18 +23,15 @@ DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
 def main() -> None:
     """Train as the command line says."""
     entry.enter()
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
     from megatron.training.arguments import parse_and_validate_args
 
     args = parse_and_validate_args(args_defaults=DEFAULTS)
     refuse_packed_data(args)
     # Every rank builds the data that it reads; Megatron asks the provider whether that is so.
     build_datasets.is_distributed = True  # type: ignore[attr-defined]
-    pretrain(
-        configuration(args),
+    run_config.pretrain(
+        run_config.configuration(args),
         build_datasets,
-        ModelType.encoder_or_decoder,
         forward_step,
         get_embedding_ranks=partial(embedding_ranks, args),
     )
@@ -51,18 +48,6 @@ def refuse_packed_data(args: Any) -> None:
                 f"--{name.replace('_', '-')}: this script trains on plain token streams; run "
                 "Megatron-LM's own pretrain_gpt.py through python -m sso_megatron.run"
             )
-
-
-def configuration(args: Any) -> Any:
-    """Megatron's configuration of a run, its model included."""
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        hybrid_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
-
-    model_config = hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
-    return pretrain_cfg_container_from_args(args, model_config(args))
 
 
 def embedding_ranks(args: Any, pp_ranks: list[int]) -> list[int]:
@@ -119,7 +104,7 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) 
         batch = {k: v if v is None else v.cuda(non_blocking=True) for k, v in batch.items()}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        False,  # no packed sequences; the parameter's name differs between Megatron's versions
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
-from sso_megatron.mcore.compat import OPTIONAL_STATE
+from sso_megatron.mcore.compat import OPTIONAL_STATE, grads_for_norm
 from sso_megatron.mcore.names import expert_by_itself
 from sso_megatron.mcore.optimizer_parts import (
     STATE,
@@ -59,7 +59,7 @@ class SpectralChain(ChainedOptimizer):
         super().__init__(chained_optimizers)
         self._grad_norm = 0.0
         for optimizer in leaves(chained_optimizers):
-            optimizer.get_grads_for_grad_norm = _with_spoilt_copies(optimizer)
+            setattr(optimizer, grads_for_norm(), _with_spoilt_copies(optimizer))
 
     def get_grad_norm(self) -> float:
         """Norm of the whole model's gradient, the same on every rank; of what ``pre_clip_`` leaves of it.
@@ -211,8 +211,8 @@ def _members(optimizer: SpectralOptimizer) -> Iterator[tuple[MatrixBatch, Member
 
 
 def _with_spoilt_copies(optimizer: Any) -> Callable[..., list[Tensor]]:
-    """``get_grads_for_grad_norm`` and a zero for the gradients that it leaves out: NaN if one is spoilt."""
-    original = optimizer.get_grads_for_grad_norm
+    """Gradients of the norm, and a zero for those that it leaves out: NaN if one is spoilt."""
+    original = getattr(optimizer, grads_for_norm())
 
     def get_grads_for_grad_norm(*args: Any, **kwargs: Any) -> list[Tensor]:
         counted = original(*args, **kwargs)

@@ -239,7 +239,10 @@ def _check_contents(folder: Path, wanted: Any, args: Any) -> None:
     """
 
     def check() -> str | None:
-        stored = checkpoint_check.stored_contents(folder)
+        try:
+            stored = checkpoint_check.stored_contents(folder)
+        except ERRORS as error:
+            return f"{folder}/.metadata cannot be read ({cause_of(error)}); {_way_out(folder)}"
         checkpoint_check.drop_missing_optional(wanted, stored)
         saved = _loading.saved.get(folder)
         return checkpoint_check.wrong_contents(folder, wanted, stored, saved, args)

@@ -19,11 +19,11 @@ def install() -> None:
     Raises:
         UnsupportedError: this Megatron-Core lacks one of the functions.
     """
-    from megatron.core import dist_checkpointing, msc_utils
+    from megatron.core import dist_checkpointing
 
     compat.wrap(dist_checkpointing, "save", _into_partial_folder)
-    # The file functions that the whole of Megatron shares; only the tracker is treated in another way.
-    compat.wrap(msc_utils.maybe_msc, "open", _with_tracker_replaced)
+    # A function that other files are opened with, too; only the tracker is treated in another way.
+    compat.wrap(*compat.tracker_opener(), _with_tracker_replaced)
 
 
 def uses_object_store() -> bool:
@@ -88,13 +88,11 @@ def _not_shared(folder: Path) -> str:
 
 def _with_tracker_replaced(original: Callable[..., Any]) -> Callable[..., Any]:
     """Megatron empties the tracker and then writes it; a run killed between would leave it empty."""
-    from megatron.core.msc_utils import maybe_msc
 
     def open_file(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         is_tracker = Path(path).name == checkpoint_folder.TRACKER
         if uses_object_store() or not is_tracker or mode != "w":
-            # Asked anew: with an object store this is another function than the one replaced here.
-            return type(maybe_msc).__getattr__(maybe_msc, "open")(path, mode, *args, **kwargs)
+            return compat.open_with_store(path, mode, *args, **kwargs)
         return checkpoint_folder.replacing(Path(path))
 
     return open_file

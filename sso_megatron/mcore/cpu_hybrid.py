@@ -10,6 +10,8 @@ import copy
 import functools
 from typing import Any
 
+from sso_megatron.mcore import compat
+
 
 def accept_hybrid_model(pattern: str, qk_layernorm: bool) -> None:
     """Lets ``HybridModel`` be built without TransformerEngine.
@@ -30,8 +32,8 @@ def accept_hybrid_model(pattern: str, qk_layernorm: bool) -> None:
         raise ValueError(
             f"--hybrid-layer-pattern {pattern} cannot be rehearsed on the CPU: {symbol} is a {name} "
             "layer, which needs kernels for GPUs. Either rehearse with another layer in its place "
-            f"({Symbols.ATTENTION} attention, {Symbols.MLA} latent attention, {Symbols.MLP} MLP, "
-            f"{Symbols.MOE} experts), or run on a machine with a CUDA device."
+            f"({Symbols.ATTENTION} attention, {Symbols.MLP} MLP, {Symbols.MOE} experts), or run on a "
+            "machine with a CUDA device."
         )
     _refill(qk_layernorm)
 
@@ -61,7 +63,8 @@ def _refill(qk_layernorm: bool) -> None:
     layers = hybrid_stack_spec.submodules
     layers.attention_layer.submodules = _attention_of(gpt())
     latent = gpt(multi_latent_attention=True, qk_layernorm=qk_layernorm)
-    layers.mla_layer.submodules = _attention_of(latent)
+    if not compat.is_0_18():  # which has no such layers
+        layers.mla_layer.submodules = _attention_of(latent)
     layers.mlp_layer.submodules = _mlp_of(gpt())
     # Grouped without being asked, as with TransformerEngine; the number only says "experts".
     layers.moe_layer.submodules = _mlp_of(gpt(num_experts=1, moe_grouped_gemm=True))

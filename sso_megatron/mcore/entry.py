@@ -15,20 +15,20 @@ def enter() -> None:
     """
     try:
         compat.check_versions()
+        if cpu.cuda_is_missing():
+            if os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE") and not _hides_gpus():
+                arguments.fail(
+                    f"no CUDA device on {socket.gethostname()}, one node of several; mend it, or rehearse "
+                    "on the CPU with CUDA_VISIBLE_DEVICES= (empty) on every node"
+                )
+            cpu.start_rehearsal()
+        cpu.skip_helper_compilation()
+        arguments.install()
+        recorder.install()
+        checkpoint_saving.install()
+        checkpoint_loading.install()
     except compat.UnsupportedError as error:
         arguments.fail(error)
-    if cpu.cuda_is_missing():
-        if os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE") and not _hides_gpus():
-            arguments.fail(
-                f"no CUDA device on {socket.gethostname()}, one node of several; mend it, or rehearse "
-                "on the CPU with CUDA_VISIBLE_DEVICES= (empty) on every node"
-            )
-        cpu.start_rehearsal()
-    cpu.skip_helper_compilation()
-    arguments.install()
-    recorder.install()
-    checkpoint_saving.install()
-    checkpoint_loading.install()
 
 
 def _hides_gpus() -> bool:

@@ -64,20 +64,22 @@ class SpectralLayerWiseOptimizer(LayerWiseDistributedOptimizer):
 
     def get_grads_for_grad_norm(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
         """What the wrapped optimizer counts; the base would go past it to its parameters."""
-        return [
-            g for part in self.chained_optimizers for g in part.get_grads_for_grad_norm(*args, **kwargs)
-        ]
+        name = compat.grads_for_norm()
+        return [g for part in self.chained_optimizers for g in getattr(part, name)(*args, **kwargs)]
+
+    get_main_grads_for_grad_norm = get_grads_for_grad_norm  # its name in 0.18
 
     def shard_params(self, optimizers: list[Any], full_param_layouts: Any = None) -> None:
         """Take the matrices of other ranks out of the parameter groups. No collective."""
         self.dp_cp_params_list = self.expt_dp_params_list = None  # the base's, for its own gather
+        groups = self.pg_collection
         mine = {
             param
             for full in full_param_layouts
             for key, layout in full.layouts.items()
             if key.is_managed_by_layer_wise_optimizer
             for param, rank in owners(layout).items()
-            if rank == get_pg_rank(self.expt_dp if key.is_expert_parallel else self.dp_cp)
+            if rank == get_pg_rank(groups.expt_dp if key.is_expert_parallel else groups.dp_cp)
         }
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -209,7 +211,9 @@ def _adamw(
     is_expert = groups[0]["is_expert_parallel"]
     own_config = copy.copy(config)
     own_config.optimizer, own_config.use_distributed_optimizer = groups[0]["optimizer"], True
-    model_parallel = process_groups["expt_tp_pp_with_egtp_remat_group" if is_expert else "mp_group"]
+    model_parallel = (
+        compat.expert_model_parallel_group(process_groups) if is_expert else process_groups["mp_group"]
+    )
     optimizer = compat.standard_optimizer(
         config=own_config,
         model_chunks=model_chunks,

@@ -17,6 +17,7 @@ from sso_megatron.matrices.layout import (
     section_splits,
     whole,
 )
+from sso_megatron.mcore import compat
 from sso_megatron.mcore.names import ROUTED_EXPERT, global_names
 from sso_megatron.optimizers.config import SpectralConfig
 
@@ -193,7 +194,7 @@ def _glu_interleave(name: str, owner: Any, config: Any) -> int:
     if re.search(r"(^|\.)experts\.linear_fc1\.", name):
         return config.moe_mlp_glu_interleave_size or 0
     if re.search(r"(^|\.)shared_experts\.", name):
-        is_fused = config.use_grouped_gemm_for_shared_expert
+        is_fused = not compat.is_0_18() and config.use_grouped_gemm_for_shared_expert
         return (config.moe_shared_expert_glu_interleave_size or 0) if is_fused else 0
     return 32 if type(owner).__name__ == "TEFusedMLPWithGroupedLinear" else 0
 

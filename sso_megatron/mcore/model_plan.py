@@ -22,19 +22,18 @@ from sso_megatron.mcore.plan_flags import Request
 from sso_megatron.mcore.plan_records import CutKind, Load, Matrix, Parameter, Plan, RankLoad
 from sso_megatron.mcore.plan_stage import Maker, Stage, kind_of, role_of
 from sso_megatron.mcore.registration import eligible, refuse_unused, register
+from sso_megatron.mcore.run_config import configuration, model_and_optimizer
 from sso_megatron.mcore.shard_layout import owners
 
-Configuration = Callable[[Namespace], Any]
 EmbeddingRanks = Callable[[Namespace, list[int]], list[int]]
 
 
-def make_plan(request: Request, configuration: Configuration, embedding_ranks: EmbeddingRanks) -> Plan:
+def make_plan(request: Request, embedding_ranks: EmbeddingRanks) -> Plan:
     """Build every pipeline stage as one rank of it would, and tell what the optimizer does there.
 
     Args:
         request: what was read; Megatron's global variables are set, and no group may exist.
-        configuration: the script's answer to Megatron: its configuration with the model's.
-        embedding_ranks: likewise, the ranks of a pipeline that hold word embeddings.
+        embedding_ranks: the script's answer to Megatron: ranks of a pipeline that hold word embeddings.
 
     Raises:
         ValueError: what a run would refuse when it builds model and optimizer.
@@ -49,7 +48,7 @@ def make_plan(request: Request, configuration: Configuration, embedding_ranks: E
     for index in range(args.pipeline_model_parallel_size):
         rank = next(rank for rank, place in enumerate(everyone) if place.stage == index)
         with as_rank(args, rank, partial(embedding_ranks, args)) as groups:
-            surveys.append(_survey(request, index, everyone, configuration, groups, flops_known))
+            surveys.append(_survey(request, index, everyone, groups, flops_known))
     matched = set().union(*(survey.matched for survey in surveys))
     refuse_unused(shared.exclude, matched, [name for survey in surveys for name in survey.candidates])
     workspaces = [item for survey in surveys for item in survey.workspaces.items()]
@@ -88,12 +87,9 @@ def _survey(
     request: Request,
     index: int,
     everyone: Sequence[Place],
-    configuration: Configuration,
     groups: Any,
     flops_known: dict[Any, float],
 ) -> _Survey:
-    from megatron.training.training import setup_model_and_optimizer
-
     args = request.args
     config, shared = configs_from(args)
     makers: list[Maker] = []
@@ -112,7 +108,7 @@ def _survey(
 
     container = configuration(args)
     container.model.pre_wrap_hooks.append(before_wrapping)
-    model, chain, _ = setup_model_and_optimizer(None, cfg_container=container, pg_collection=groups)
+    model, chain = model_and_optimizer(container, groups)
     owner = {
         param: rank
         for chunk in model

@@ -16,6 +16,7 @@ from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOpt
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
+from sso_megatron.mcore.compat import adamw_state_keys
 from sso_megatron.optimizers.base import SpectralOptimizer
 
 STATE = "optimizer.state"
@@ -178,7 +179,7 @@ class ShardedPart:
     def _buckets(self) -> Iterator[tuple[Any, Any, dict[Tensor, Any], list[str]]]:
         """Buffer, bucket, this rank's ranges of its parameters, and the names of their state."""
         for buffer, ranges in zip(self._wrapper.buffers, self._wrapper.gbuf_ranges, strict=True):
-            names = list(self._wrapper.optimizer_state_keys)
+            names = adamw_state_keys(self._wrapper)
             if buffer.param_dtype != torch.float32:
                 names.append(MASTER)
             (by_bucket,) = ranges.values()

@@ -2,6 +2,7 @@
 
 import argparse
 
+from sso_megatron.mcore import compat
 from sso_megatron.mcore.kinds import CONFIGS, OPTIMIZERS, Kind, flag_fields, flags_of, names_with
 
 
@@ -32,7 +33,20 @@ def check_request(args: argparse.Namespace) -> None:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} with --optimizer {args.optimizer}: {rule}")
     _check_sharding(args)
+    _check_experts(args)
     _check_combinations(args, OPTIMIZERS[args.optimizer])
+
+
+def _check_experts(args: argparse.Namespace) -> None:
+    """Refuse experts that Megatron-Core 0.18 gives another tensor parallelism, but not their own groups."""
+    tp, etp = args.tensor_model_parallel_size, args.expert_tensor_parallel_size
+    is_apart = args.num_experts and etp is not None and etp != tp and args.expert_model_parallel_size == 1
+    if is_apart and compat.is_0_18():
+        raise ValueError(
+            f"--expert-tensor-parallel-size {etp} with --tensor-model-parallel-size {tp}: megatron-core "
+            f"{compat.megatron_version()} does not sum the gradients of such experts over their ranks; add "
+            "--expert-model-parallel-size, or use megatron-core 0.19"
+        )
 
 
 def _check_combinations(args: argparse.Namespace, kind: Kind) -> None:

@@ -120,13 +120,14 @@ class ShardLayout:
             buckets.append((end, end + num_shards * shard_size))
             sizes.append(sum(param.numel() for param in members))
             end = buckets[-1][1]
-        return PerBufferParamLayout(
+        layout = PerBufferParamLayout(
             param_index_map=places,
             bucket_indices=buckets,
             per_bucket_numel_unpadded=sizes,
             param_indices=param_indices or [],
-            num_optimizer_shards=num_shards,
         )
+        layout.num_optimizer_shards = num_shards  # no field of it in 0.18
+        return layout
 
     def _assign(self, members: list[Tensor], work: list[float]) -> "list[_Shard]":
         """The bucket's shards, in the order of the ranks."""

@@ -27,6 +27,7 @@ from sso_megatron.mcore.arguments import config_from, configs_from
 from sso_megatron.mcore.checkpoint_check import stored_contents
 from sso_megatron.mcore.checkpoint_folder import TRACKER, is_complete, iteration_folder
 from sso_megatron.mcore.kinds import OPTIMIZERS
+from sso_megatron.mcore.run_config import model_config
 from sso_megatron.optimizers.config import SpectralConfig
 
 _WITH_SPHERES = " and ".join(name for name, kind in OPTIMIZERS.items() if kind.has_spheres)
@@ -246,7 +247,6 @@ def load_model(checkpoint: Checkpoint) -> list[Any]:
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import global_vars
-    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
     from megatron.training.initialize import initialize_megatron
 
     args = _for_one_rank(checkpoint)
@@ -254,7 +254,7 @@ def load_model(checkpoint: Checkpoint) -> list[Any]:
         cpu.adapt_arguments(args)
     global_vars.set_args(args)
     initialize_megatron(store=torch.distributed.HashStore())
-    config = (hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args)(args)
+    config = model_config(args)
     chunks: list[Any] = config.get_builder_cls()(config).build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
