@@ -20,6 +20,7 @@ ELSEWHERE = {
     "mcore/alarms.py": "docs/monitoring.md has the alarms",
     "mcore/criterion_report.py": "sso-megatron criterion",
     "mcore/export.py": "sso-megatron export",
+    "mcore/flag_parser.py": "sso-megatron render",
     "mcore/model_plan.py": "sso-megatron plan",
     "mcore/plan_*.py": "sso-megatron plan, whose warnings say the way out",
     "mcore/singular_values.py": "sso-megatron plot --weights",
