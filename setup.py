@@ -73,7 +73,11 @@ setup(
             "types-pyyaml>=6,<7",
         ],
     },
-    entry_points={"console_scripts": ["sso-megatron = sso_megatron.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["sso-megatron = sso_megatron.cli.main:main"],
+        # Asked for by a Megatron-LM with the patches of patches/; see patches/README.md.
+        "megatron.core.optimizers": ["sso_megatron = sso_megatron.mcore.entry:plug_in"],
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

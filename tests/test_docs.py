@@ -125,7 +125,18 @@ def check_make(words: list[str]) -> None:
 
 def check_sso_megatron(words: list[str]) -> None:
     """Run ``data``, and ``bench`` on less; what names files of an example, or ranks, is parsed alone."""
-    from sso_megatron.cli import bench, criterion, data, experiments, export, plan, plot, render, watch
+    from sso_megatron.cli import (
+        bench,
+        criterion,
+        data,
+        experiments,
+        export,
+        patch,
+        plan,
+        plot,
+        render,
+        watch,
+    )
     from sso_megatron.cli.main import main
 
     if words[0] == "first-run":
@@ -133,7 +144,7 @@ def check_sso_megatron(words: list[str]) -> None:
         return
     parser = argparse.ArgumentParser(exit_on_error=False)
     subparsers = parser.add_subparsers()
-    for command in (bench, criterion, data, export, plan, plot, render, watch):
+    for command in (bench, criterion, data, export, patch, plan, plot, render, watch):
         command.add_parser(subparsers)
     options, others = parser.parse_known_args(words)
     if words[0] == "render" and others:

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from sso_megatron.cli import bench, criterion, data, export, first_run, plan, plot, render, watch
+from sso_megatron.cli import bench, criterion, data, export, first_run, patch, plan, plot, render, watch
 from sso_megatron.version import __version__
 
 
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     watch.add_parser(subparsers)
     plan.add_parser(subparsers)
     render.add_parser(subparsers)
+    patch.add_parser(subparsers)
     options, others = parser.parse_known_args(argv)
     if others and not getattr(options, "takes_megatron_flags", False):
         parser.error(f"unrecognized arguments: {' '.join(others)}")

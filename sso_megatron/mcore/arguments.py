@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add our flags and optimizer names to Megatron's parser."""
     for action in parser._actions:
         if "--optimizer" in action.option_strings and action.choices is not None:
-            action.choices = [*action.choices, *OPTIMIZERS]
+            # A patched Megatron has asked for them already (patches/).
+            action.choices = list(dict.fromkeys([*action.choices, *OPTIMIZERS]))
     for prefix, config_type in CONFIGS.items():
         group = parser.add_argument_group(title=f"sso_megatron: {config_type.__doc__}")
         for f in flag_fields(prefix):
@@ -144,9 +145,14 @@ def check_and_register(args: argparse.Namespace) -> None:
         note = unread_flags(args)
         if note and args.rank == 0:
             print(f"sso_megatron: {note}", flush=True)
+        if cpu.cuda_is_missing() and not cpu.rehearses():
+            raise ValueError(
+                f"--optimizer {args.optimizer}: no CUDA device found, and Megatron was imported before it "
+                "could be sent to the CPU; to rehearse, start the script with python -m sso_megatron.run"
+            )
         register(*configs_from(args))
         model_building.install()
-    if cpu.cuda_is_missing():
+    if cpu.rehearses():
         cpu.adapt_arguments(args)
     if args.spectral_run_dir is not None:  # on every rank: all of them stop before a process group exists
         _prepare_run_dir(Path(args.spectral_run_dir), goes_on=args.load is not None)
@@ -172,8 +178,12 @@ def fail(error: object) -> NoReturn:
     sys.exit(2)
 
 
-def install() -> None:
-    """Hook flags and checks into Megatron's argument module."""
+def install(for_ours: Callable[[], None] = lambda: None) -> None:
+    """Hook flags and checks into Megatron's argument module.
+
+    Args:
+        for_ours: run, too, where the command line asks for one of our optimizers.
+    """
     from megatron.training import arguments
 
     def with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,6 +195,8 @@ def install() -> None:
                 check_and_register(args)
             except (ValueError, ImportError) as error:
                 fail(error)
+            if args.optimizer in OPTIMIZERS:
+                for_ours()
             return original(args, *rest, **named)
 
         return validate_args

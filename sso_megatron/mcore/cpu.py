@@ -36,6 +36,11 @@ def cuda_is_missing() -> bool:
     return not torch.cuda.is_available()
 
 
+def rehearses() -> bool:
+    """Whether ``start_rehearsal`` has redirected CUDA to the CPU."""
+    return _rehearsing
+
+
 class _RngWarning(logging.Filter):
     """Drops Megatron's complaint that the CPU's generator changed while it swapped CUDA's.
 

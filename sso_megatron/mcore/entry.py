@@ -1,9 +1,19 @@
-"""One call that makes Megatron know this package, before Megatron is imported."""
+"""Calls that make Megatron know this package: before it is imported, or from a patched one itself."""
 
 import os
 import socket
+import sys
+from typing import Any
 
-from sso_megatron.mcore import arguments, checkpoint_loading, checkpoint_saving, compat, cpu, recorder
+from sso_megatron.mcore import (
+    arguments,
+    checkpoint_loading,
+    checkpoint_saving,
+    compat,
+    cpu,
+    recorder,
+    registration,
+)
 
 
 def enter() -> None:
@@ -25,10 +35,35 @@ def enter() -> None:
         cpu.skip_helper_compilation()
         arguments.install()
         recorder.install()
-        checkpoint_saving.install()
-        checkpoint_loading.install()
+        _hook_checkpoints()
     except compat.UnsupportedError as error:
         arguments.fail(error)
+
+
+def plug_in(registry: dict[str, Any]) -> None:
+    """What a Megatron with the patches of ``patches/`` calls at its import, by our entry point.
+
+    It comes too late for a rehearsal on the CPU, and in every process that imports Megatron's training
+    loop. So it changes nothing for other optimizers: names and flags are added, checkpoints are hooked
+    only where the command line asks for one of ours. A Megatron-Core that we do not know is told, and
+    left alone.
+
+    Args:
+        registry: Megatron's table of emerging optimizers, where ``register`` puts ours.
+    """
+    try:
+        if not registration.is_registered():
+            registration.register()
+        arguments.install(for_ours=_hook_checkpoints)
+        recorder.install()
+    except compat.UnsupportedError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"sso_megatron: warning: not plugged in: {error}", file=sys.stderr, flush=True)
+
+
+def _hook_checkpoints() -> None:
+    checkpoint_saving.install()
+    checkpoint_loading.install()
 
 
 def _hides_gpus() -> bool:

@@ -4,6 +4,7 @@ Losses of every iteration and what ``--log-spectral-metrics`` measured travel to
 ``--log-interval`` and at each measured iteration. ``run_files`` says what is written.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -36,12 +37,12 @@ UNHEALTHY = 3
 
 def install() -> None:
     """Hook into Megatron's ``pretrain``, which then keeps records if the command line asks for any."""
-    import megatron.training
     from megatron.training import training
 
-    # A script takes pretrain from either module.
+    # A script takes pretrain from either module. The package may not be imported to its end: see plug_in.
     compat.wrap(training, "pretrain", _with_records)
-    megatron.training.pretrain = training.pretrain
+    package: Any = sys.modules["megatron.training"]
+    package.pretrain = training.pretrain
 
 
 def _with_records(original: Callable[..., Any]) -> Callable[..., Any]:

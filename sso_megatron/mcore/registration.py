@@ -71,6 +71,11 @@ class _Current:
 _current = _Current()
 
 
+def is_registered() -> bool:
+    """Whether ``register`` was called."""
+    return _current.shared is not None
+
+
 def is_spectral(param: Tensor) -> bool:
     """Whether ``prepare_model`` gave the parameter to the spectral optimizer."""
     return getattr(param, _SPECTRAL, False)
