@@ -35,6 +35,7 @@ launch() {
         show_without_slurm "$@"
         return
     fi
+    unset NODE_RANK # one that came along from where the job was submitted would be that of all nodes
     export NNODES=$SLURM_JOB_NUM_NODES
     # The batch shell runs on node 0; a container may know neither scontrol nor this name.
     export MASTER_ADDR=${MASTER_ADDR:-$(hostname)}
