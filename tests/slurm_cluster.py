@@ -52,6 +52,11 @@ PartitionName=main Nodes=n1,n2 Default=YES State=UP OverSubscribe=FORCE:3
 """
 
 
+def outside() -> dict[str, str]:
+    """The environment without what a job that these tests run in has put there."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+
+
 def missing() -> list[str]:
     """Programs that a cluster needs and this machine lacks."""
     return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
@@ -74,7 +79,7 @@ class Cluster:
         config.write_text(
             _CONFIG.format(host=host, port=free_port(), user=getuser(), folder=folder, nodes=nodes)
         )
-        self.env = os.environ | {"PATH": PATH, "SLURM_CONF": str(config)}
+        self.env = outside() | {"PATH": PATH, "SLURM_CONF": str(config)}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         files = {"key-file": key, "socket": folder / "munge.socket", "pid-file": folder / "munged.pid"}
         files |= {"log-file": folder / "munged.log", "seed-file": folder / "munge.seed"}
@@ -93,7 +98,7 @@ class Cluster:
         """As if the machine had lost its power: its daemon and all that it has started are gone."""
         self.daemons[node].kill()
         self.daemons[node].wait()
-        tasks = [pid for pid, env in processes() if env.get("SLURMD_NODENAME") == node]
+        tasks = [pid for pid, env in self.processes() if env.get("SLURMD_NODENAME") == node]
         keepers = {parent for parent in map(parent_of, tasks) if name_of(parent) == "slurmstepd"}
         for pid in [*keepers, *tasks]:
             kill(pid)
@@ -129,6 +134,15 @@ class Cluster:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         wait_for(lambda: self.state(job).get("JobState") in ended, seconds, f"the end of job {job}")
         return self.state(job)["JobState"]
+
+    def processes(self) -> list[tuple[int, dict[str, str]]]:
+        """Process numbers and environments of what runs in jobs of this cluster, and of no other."""
+        config = self.env["SLURM_CONF"]
+        return [
+            (pid, env)
+            for pid, env in processes()
+            if env.get("SLURM_CONF") == config and "SLURM_JOB_ID" in env
+        ]
 
     def close(self) -> None:
         self.call("scancel", "--user", getuser())

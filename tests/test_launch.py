@@ -68,6 +68,27 @@ def test_a_script_of_ones_own_and_a_point(tmp_path: Path) -> None:
     assert values["--lr"] == "3e-3" and values["--save"] == "runs/mine/lr=3e-3/checkpoints"
 
 
+def test_the_container_template_shows_its_commands() -> None:
+    """All that can be seen of it without enroot and pyxis."""
+    template = ROOT / "launch" / "slurm" / "container.sbatch"
+    env = {"CONTAINER_IMAGE": "/images/sso.sqsh", "CONTAINER_MOUNTS": "/data:/data", "NPROC_PER_NODE": "8"}
+    result = subprocess.run(
+        ["bash", template, "--dry-run", "tiny_dense_sso"],
+        env=environment(**env, NNODES="2"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[2::2] == ["# node 0 of 2", "# node 1 of 2"]
+    srun = shlex.split(lines[1])
+    assert srun[0] == "srun" and srun[-3:] == ["launch/train.sh", "--commands", "COMMANDS"]
+    assert "--container-image=/images/sso.sqsh" in srun
+    assert f"--container-mounts={ROOT}:{ROOT},/data:/data" in srun and f"--container-workdir={ROOT}" in srun
+
+
 @pytest.mark.parametrize(
     ("words", "env", "message"),
     [

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shlex
 import subprocess
 import sys
@@ -64,7 +63,7 @@ class Job:
 def environment(**more: str) -> dict[str, str]:
     """For scripts that train on the CPU, a rank on each node."""
     fixed = {"PYTHON": sys.executable, "NPROC_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return os.environ | fixed | {"OMP_NUM_THREADS": "1"} | more
+    return slurm_cluster.outside() | fixed | {"OMP_NUM_THREADS": "1"} | more
 
 
 @pytest.fixture(scope="module")
@@ -257,11 +256,11 @@ def test_what_fails_without_a_new_checkpoint_is_given_up(cluster: Cluster, jobs:
     assert "exitcode  : 1" in job.log.read_text(), "what torchrun says of it"
 
 
-def rank_of(job: Job, rank: int) -> int:
+def rank_of(cluster: Cluster, job: Job, rank: int) -> int:
     """The process number of a rank; what it has started has its environment, too."""
     family = {
         pid
-        for pid, env in slurm_cluster.processes()
+        for pid, env in cluster.processes()
         if env.get("SLURM_JOB_ID") == job.number and env.get("RANK") == str(rank)
     }
     (found,) = [pid for pid in family if slurm_cluster.parent_of(pid) not in family]
@@ -272,7 +271,7 @@ def test_failures_queue_the_job_again(cluster: Cluster, jobs: Jobs, reference: d
     """First a rank is killed, then, in the second start, its whole node."""
     job = jobs.failing
     wait_for(lambda: job.saved == 5, 600, "the first checkpoint")
-    slurm_cluster.kill(rank_of(job, 1))
+    slurm_cluster.kill(rank_of(cluster, job, 1))
     wait_for(lambda: cluster.state(job.number)["Restarts"] == "1", 300, "the job to be queued again")
     (job.hold / "7").unlink()
     text = job.log.read_text()
