@@ -39,11 +39,11 @@ venv: $(STAMP) ## create or refresh .venv; the targets below do it by themselves
 pretrain: $(STAMP) ## train a tiny model on this machine with OPTIMIZER; ARGS are passed on
 	@$(VENV)/bin/sso-megatron first-run --optimizer $(OPTIMIZER) $(ARGS)
 
-# Of the versions that compat.py names, without what they need: the installed version's is there.
+# Of the versions that versions.py names, without what they need: the installed version's is there.
 wheels: $(WHEELS)/.fetched ## fetch the versions of Megatron-Core that tests compare
-$(WHEELS)/.fetched: sso_megatron/mcore/compat.py | $(STAMP)
+$(WHEELS)/.fetched: sso_megatron/mcore/compat/versions.py | $(STAMP)
 	@mkdir -p $(WHEELS); \
-	for version in $$($(PY) -c 'from sso_megatron.mcore.compat import MEGATRON; print(*MEGATRON.tested)'); do \
+	for version in $$($(PY) -c 'from sso_megatron.mcore.compat.versions import MEGATRON; print(*MEGATRON.tested)'); do \
 	    $(PY) -m pip download --disable-pip-version-check --quiet --no-deps --only-binary :all: \
 	        --dest $(WHEELS) "megatron-core==$$version"; \
 	done; \

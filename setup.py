@@ -34,7 +34,7 @@ setup(
     # launch/python.sh knows the upper end: the CPythons for which the pinned wheels exist.
     python_requires=">=3.12",
     packages=find_packages(include=["sso_megatron", "sso_megatron.*"]),
-    package_data={"sso_megatron": ["py.typed", "cli/*.j2"]},
+    package_data={"sso_megatron": ["py.typed", "cli/*/*.j2"]},
     include_package_data=False,
     zip_safe=False,
     install_requires=[

@@ -12,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sso_megatron.cli import data, first_run
+from sso_megatron.cli.data import command as data
+from sso_megatron.cli.train import first_run
 
 SOLVERS = ("tracking", "bisection")
 

@@ -42,7 +42,8 @@ def main() -> None:
 def train(options: argparse.Namespace, folder: Path) -> dict[str, torch.Tensor]:
     """Figures by name, one entry an update, of a run in this process."""
     entry.enter()  # before anything imports megatron
-    from sso_megatron.cli import data, first_run, pretrain_gpt
+    from sso_megatron.cli.data import command as data
+    from sso_megatron.cli.train import first_run, pretrain_gpt
 
     dataset = data.prepare(folder / "stdlib", quiet=True)
     flags = first_run._flags("sso", options.iterations, folder, ranks=1)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sso_megatron.mcore.arguments import add_arguments
-from sso_megatron.mcore.kinds import CONFIGS, flag_fields
+from sso_megatron.mcore.flags.optimizers import CONFIGS, flag_fields
+from sso_megatron.mcore.flags.parser import add_arguments
 from sso_megatron.optimizers.settings import choices_of
 
 DOCS = Path(__file__).resolve().parent

@@ -23,9 +23,9 @@ def allow_async_save() -> None:
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.training import initialize
 
-    from sso_megatron.mcore import cpu
+    from sso_megatron.mcore.rehearsal import rehearsal
 
-    cpu._REFUSALS = tuple(refusal for refusal in cpu._REFUSALS if refusal.name != "async_save")
+    rehearsal._REFUSALS = tuple(refusal for refusal in rehearsal._REFUSALS if refusal.name != "async_save")
     start, preload = initialize.init_persistent_async_worker, FileSystemWriterAsync.preload_tensors
 
     def preload_tensors(write_buckets: Any, non_blocking: bool = True) -> Any:
@@ -61,7 +61,7 @@ def ask_for_optional_state() -> None:
     from megatron.core.dist_checkpointing import ShardedObject
     from megatron.training import checkpointing
 
-    from sso_megatron.mcore.compat import OPTIONAL_STATE
+    from sso_megatron.mcore.parameters.names import OPTIONAL_STATE
 
     original = checkpointing.generate_state_dict
 
@@ -130,9 +130,9 @@ def _serialization() -> Any:
 
 
 def _ours(name: str) -> Any:
-    from sso_megatron.mcore import checkpoint_folder, checkpoint_manifest
+    from sso_megatron.mcore.checkpoint import folders, manifest
 
-    return {"folder": checkpoint_folder, "manifest": checkpoint_manifest}[name]
+    return {"folder": folders, "manifest": manifest}[name]
 
 
 Hook = Callable[..., None]

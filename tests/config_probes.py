@@ -33,8 +33,8 @@ def render() -> None:
 
 def render_all() -> None:
     """Write ``rendered.json``: the words of all experiments, and of the ends of their sweeps, by name."""
-    from sso_megatron.cli import experiments
-    from sso_megatron.cli.render import render
+    from sso_megatron.cli.experiments import fragments as experiments
+    from sso_megatron.cli.experiments.command import render
 
     found = {}
     for name in experiments.names(experiments.configs_folder(None)):
@@ -48,7 +48,7 @@ def render_all() -> None:
 
 def validate_all() -> None:
     """Validate each command line of a file as its run would, in a process of its own; ends at an error."""
-    from sso_megatron.mcore.flag_parser import FlagParser
+    from sso_megatron.mcore.flags.megatron_parser import FlagParser
 
     FlagParser()
     for name, (world_size, words) in json.loads(Path(sys.argv[1]).read_text()).items():
@@ -69,13 +69,13 @@ def _validate(world_size: int, words: list[str]) -> None:
     """As ``pretrain_gpt`` does on a machine with GPUs, but for kernels that only these have."""
     from megatron.training import arguments
 
-    from sso_megatron.cli import pretrain_gpt
-    from sso_megatron.mcore import cpu
+    from sso_megatron.cli.train import pretrain_gpt
+    from sso_megatron.mcore.rehearsal import rehearsal
 
     os.environ["WORLD_SIZE"] = str(world_size)
     sys.argv = ["pretrain_gpt.py", *words]
     args = arguments.parse_args()
-    left_out = cpu.leave_out_refused(args)
+    left_out = rehearsal.leave_out_refused(args)
     print("without", left_out, flush=True)
     arguments.validate_args(args, dict(pretrain_gpt.DEFAULTS))
     pretrain_gpt.refuse_packed_data(args)

@@ -154,7 +154,7 @@ class Megatron:
         timeout: float = 120,
         grace: float = 20,
         env: dict[str, str] | None = None,
-        main: str = "sso_megatron.cli.pretrain_gpt:main",
+        main: str = "sso_megatron.cli.train.pretrain_gpt:main",
     ) -> Run:
         """Train on ``ranks`` processes; ``calls`` are functions that each rank runs before that."""
         self.count += 1

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from probes import Collectives, save
 
 from sso_megatron import SSO
-from sso_megatron.cli.bench_meters import PeakMemory
+from sso_megatron.cli.bench.meters import PeakMemory
 from sso_megatron.matrices.layout import ParameterLayout, Split, gate_up_splits, section_splits, whole
 from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.config import SpectralConfig

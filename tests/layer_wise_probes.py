@@ -36,7 +36,7 @@ def shards() -> None:
     """Save this rank's place, the logical matrices that it steps on, and its model after training."""
     from megatron.core import parallel_state as mpu
 
-    from sso_megatron.mcore.shard_layout import is_expert_parallel
+    from sso_megatron.mcore.optimizer.buffer_layout import is_expert_parallel
 
     def look(model: Any, optimizer: Any) -> None:
         place = {
@@ -104,7 +104,7 @@ def buffers() -> None:
 
 def gather_late() -> None:
     """Have every step gather as the first one does."""
-    from sso_megatron.mcore import layer_wise
+    from sso_megatron.mcore.optimizer import layer_wise
 
     layer_wise._gathers_quantized = lambda chunk: True
 
@@ -163,7 +163,7 @@ def gathers() -> None:
 
 def fail_in_a_step() -> None:
     """Raise on the last rank in the third step, after the batch with which the first bucket is finished."""
-    from sso_megatron.mcore.param_gather import ParamGather
+    from sso_megatron.mcore.optimizer.param_gather import ParamGather
 
     step, take, count = ParamGather.step, ParamGather._take, itertools.count(1)
     state = {"gathers": 0}
@@ -253,9 +253,9 @@ def _freeze(freeze: Callable[[Any], object]) -> None:
 
 def do_not_route() -> None:
     """Build the model as if nobody had told Megatron of our rule."""
-    from sso_megatron.mcore import model_building
+    from sso_megatron.mcore.optimizer import model_hooks
 
-    model_building.install = lambda: None
+    model_hooks.install = lambda: None
 
 
 def their_script() -> None:
@@ -290,7 +290,7 @@ def balance() -> None:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
-    from sso_megatron.mcore.shard_layout import ShardLayout
+    from sso_megatron.mcore.optimizer.buffer_layout import ShardLayout
     from sso_megatron.parallel.cost import PolarWork
 
     found = {}

@@ -13,7 +13,7 @@ from torch import nn
 
 def _when_found(look: Callable[[Any, Any], None]) -> None:
     """Have ``look(layouts, model_chunks)`` called when the matrices of the built model are found."""
-    from sso_megatron.mcore import registration
+    from sso_megatron.mcore.optimizer import registration
 
     original = registration.prepare_model
 
@@ -106,8 +106,8 @@ def stored_experts() -> None:
         from megatron.core.transformer.moe.experts import TEGroupedMLP
         from megatron.core.utils import get_model_config, get_pg_size
 
-        from sso_megatron.mcore.initialization import initialize_by_name
-        from sso_megatron.mcore.layouts import layout_of, model_parameters
+        from sso_megatron.mcore.parameters.initialization import initialize_by_name
+        from sso_megatron.mcore.parameters.layouts import layout_of, model_parameters
         from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
 
         groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -161,7 +161,7 @@ def hybrid_names() -> None:
         from megatron.core.transformer.transformer_layer import TransformerLayer
         from megatron.core.utils import get_model_config
 
-        from sso_megatron.mcore.layouts import layout_of, model_parameters
+        from sso_megatron.mcore.parameters.layouts import layout_of, model_parameters
         from sso_megatron.optimizers.config import SpectralConfig
 
         groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -13,7 +13,7 @@ import sys
 
 from zygote import read_help_texts_once
 
-from sso_megatron.mcore.cpu import start_rehearsal
+from sso_megatron.mcore.rehearsal.rehearsal import start_rehearsal
 
 
 def run(folder: str, argv: list[str]) -> None:

@@ -12,9 +12,9 @@ from probes import around_train, save, spectral_optimizers
 
 def plan_experiment() -> None:
     """A plan of the experiment that is this rank's first argument; the others are of both commands."""
-    from sso_megatron.cli import experiments
-    from sso_megatron.cli.plan import add_parser
-    from sso_megatron.cli.render import render
+    from sso_megatron.cli.experiments import fragments as experiments
+    from sso_megatron.cli.experiments.command import render
+    from sso_megatron.cli.plan.command import add_parser
 
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
@@ -38,7 +38,7 @@ def plan() -> None:
 
 def watch() -> None:
     """Save this rank's place, parameters, matrices, radii, bytes and flops after some real steps."""
-    from sso_megatron.cli.bench_meters import Collectives, Flops
+    from sso_megatron.cli.bench.meters import Collectives, Flops
     from sso_megatron.optimizers.base import SpectralOptimizer
 
     step, flops, received = SpectralOptimizer.step, {}, {}
@@ -81,7 +81,7 @@ def _parameters(model: Any, optimizer: Any) -> dict[str, dict[str, Any]]:
     """By global name: shape stored here, and whether a spectral optimizer of this rank steps on it."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from sso_megatron.mcore.layouts import model_parameters
+    from sso_megatron.mcore.parameters.layouts import model_parameters
 
     stepped = {
         id(param)
@@ -120,7 +120,7 @@ def _matrices(optimizer: Any) -> dict[str, dict[str, Any]]:
 
 def _bytes(optimizer: Any) -> dict[str, int]:
     """What is kept for the parameters, tensor by tensor; float32 copies where the model is in bfloat16."""
-    from sso_megatron.mcore.optimizer_parts import parts_of
+    from sso_megatron.mcore.optimizer.megatron_state import parts_of
     from sso_megatron.optimizers.base import SpectralOptimizer
 
     kept = {"momentum": 0, "masters": 0, "adamw": 0}

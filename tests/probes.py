@@ -35,7 +35,7 @@ def around_train(before: Callable[..., None] | None, after: Callable[..., None] 
 
 
 def spectral_optimizers(optimizer: Any) -> list[Any]:
-    from sso_megatron.mcore.registration import spectral_parts
+    from sso_megatron.mcore.optimizer.registration import spectral_parts
 
     return spectral_parts(optimizer)
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sso_megatron.cli.run_state import RunState
+from sso_megatron.runs.live_state import RunState
 
 WEIGHT = "decoder.layers.3.self_attention.linear_qkv.weight[q2]"
 OFF_RADIUS = (

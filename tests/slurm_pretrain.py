@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sso_megatron.cli import pretrain_gpt
+from sso_megatron.cli.train import pretrain_gpt
 
 _HOLD = Path(os.environ["HOLD"])
 _forward_step = pretrain_gpt.forward_step

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from sso_megatron.mcore.alarms import KINDS, Alarm, Alarms, lines
-from sso_megatron.mcore.tables import Table, headlines
+from sso_megatron.runs.alarms import KINDS, Alarm, Alarms, lines
+from sso_megatron.runs.tables import Table, headlines
 
 NAN, INF = math.nan, math.inf
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from sso_megatron.cli.bench_meters import Collectives, Flops, HostSyncs, PeakMemory
-from sso_megatron.cli.bench_models import MODELS, stored_parameters
+from sso_megatron.cli.bench.meters import Collectives, Flops, HostSyncs, PeakMemory
+from sso_megatron.cli.bench.models import MODELS, stored_parameters
 from sso_megatron.cli.main import main
 
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))

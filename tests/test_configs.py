@@ -8,8 +8,8 @@ import pytest
 from config_probes import WORLD_SIZES
 from conftest import Megatron
 
-from sso_megatron.cli import experiments
-from sso_megatron.mcore.kinds import CONFIGS, flag_fields, flags_of
+from sso_megatron.cli.experiments import fragments as experiments
+from sso_megatron.mcore.flags.optimizers import CONFIGS, flag_fields, flags_of
 
 CONFIGS_FOLDER = experiments.configs_folder(None)
 NAMES = experiments.names(CONFIGS_FOLDER)

@@ -10,7 +10,7 @@ import pytest
 from checkpoint_probes import POINTS
 from conftest import Megatron, Run, tiny
 
-from sso_megatron.mcore.checkpoint_folder import (
+from sso_megatron.mcore.checkpoint.folders import (
     MANIFEST,
     TRACKER,
     FolderError,
@@ -196,7 +196,7 @@ class Killed(Exception):
 def test_an_iteration_that_is_saved_again_is_there_at_every_step(
     root: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    from sso_megatron.mcore import checkpoint_folder
+    from sso_megatron.mcore.checkpoint import folders
 
     folder = iteration_folder(root, 4)
     (folder / "data").write_text("old")
@@ -216,8 +216,8 @@ def test_an_iteration_that_is_saved_again_is_there_at_every_step(
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_folder.os, "rename", counted(checkpoint_folder.os.rename))
-        patch.setattr(checkpoint_folder.shutil, "rmtree", counted(checkpoint_folder.shutil.rmtree))
+        patch.setattr(folders.os, "rename", counted(folders.os.rename))
+        patch.setattr(folders.shutil, "rmtree", counted(folders.shutil.rmtree))
         try:
             publish(folder)
         except Killed:

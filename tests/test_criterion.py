@@ -10,7 +10,7 @@ from test_every_layout import DENSE_LAYOUTS, DIST, MOE_LAYOUTS, PP2, VPP2
 from torch import Tensor
 
 from sso_megatron.cli.main import main
-from sso_megatron.mcore import criterion_report
+from sso_megatron.runs import criterion_table
 
 EVERY = ["--log-spectral-criterion", 2]
 DIST_OVERLAP = [DIST, "--overlap-grad-reduce", "--overlap-param-gather"]
@@ -149,11 +149,11 @@ def test_table_and_picture(dense: Run, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["criterion", str(dense.folder), *files]) == 0
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith("mlp.linear_fc2 ")]
-    cells, _ = criterion_report.read(dense.folder)
+    cells, _ = criterion_table.read(dense.folder)
     some = [cell for cell in cells if cell.module == "mlp.linear_fc2"]
     assert [cell.layer for cell in some] == [0, 1, 2, 3]
     assert line.split()[1] == "0-3"
-    assert line.rstrip().endswith(criterion_report.verdict(some))
+    assert line.rstrip().endswith(criterion_table.verdict(some))
     record = json.loads((tmp_path / "c.json").read_text())
     assert record["iterations"] == [2, 4]
     assert len(record["modules"]) == len(cells)
@@ -173,7 +173,7 @@ def test_a_table_of_a_run_that_was_killed_and_resumed(
 
     text = [line(2, 1.0), line(4, 9.0), '{"iteration": 5, "lo', line(4, 3.0)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(text) + "\n")
-    (cell,), iterations = criterion_report.read(tmp_path)
+    (cell,), iterations = criterion_table.read(tmp_path)
     assert iterations == [2, 4] and cell.gain == 2.0
     assert "metrics.jsonl, line 3 is not whole, and is left out" in capsys.readouterr().err
 
@@ -194,13 +194,13 @@ def test_rows_follow_the_splits(megatron: Megatron) -> None:
 
 
 def test_verdicts() -> None:
-    def cells(*gains: float | None) -> list[criterion_report.Cell]:
-        return [criterion_report.Cell("m", i, 1.0, 1.0, gain) for i, gain in enumerate(gains)]
+    def cells(*gains: float | None) -> list[criterion_table.Cell]:
+        return [criterion_table.Cell("m", i, 1.0, 1.0, gain) for i, gain in enumerate(gains)]
 
-    assert criterion_report.verdict(cells(1.5, 2.0)) == "helps"
-    assert criterion_report.verdict(cells(0.5, 0.9)) == "does not help"
-    assert criterion_report.verdict(cells(0.5, 1.0, 3.0)) == "helps in 2 of 3 layers"
-    assert criterion_report.verdict(cells(None)) == "not known"
+    assert criterion_table.verdict(cells(1.5, 2.0)) == "helps"
+    assert criterion_table.verdict(cells(0.5, 0.9)) == "does not help"
+    assert criterion_table.verdict(cells(0.5, 1.0, 3.0)) == "helps in 2 of 3 layers"
+    assert criterion_table.verdict(cells(None)) == "not known"
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import MOE, Megatron, Run, tiny
 
-from sso_megatron.mcore import compat
-from sso_megatron.mcore.checkpoint_check import drop_missing_optional
-from sso_megatron.mcore.checkpoint_folder import MANIFEST, TRACKER
+from sso_megatron.mcore.checkpoint.compatibility import drop_missing_optional
+from sso_megatron.mcore.checkpoint.folders import MANIFEST, TRACKER
+from sso_megatron.mcore.parameters.names import OPTIONAL_STATE
 
 LENGTH = ("--train-iters", 6)
 
@@ -247,7 +247,7 @@ def test_optional_state_is_dropped_where_it_is_missing() -> None:
     def entry(key: str) -> ShardedObject:
         return ShardedObject(key, None, (1,), (0,), replica_id=0)
 
-    spectral = compat.OPTIONAL_STATE
+    spectral = OPTIONAL_STATE
     tensor = ShardedTensor.from_rank_offsets(f"{spectral}tensor", torch.zeros(2))
     tree = {
         "optimizer": {

@@ -14,8 +14,8 @@ import pytest
 import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from sso_megatron.cli import data
-from sso_megatron.cli.corpus import File, assign_splits
+from sso_megatron.cli.data import command as data
+from sso_megatron.cli.data.corpus import File, assign_splits
 
 EOD = 256
 GLOBS = ("*.py", "*.txt")

@@ -96,7 +96,7 @@ def test_python_blocks(page, megatron, tmp_path, monkeypatch) -> None:  # type: 
 
 def first_run_flags(words: list[str]) -> list[str]:
     """Megatron's flags of ``sso-megatron first-run ...``; exits if the command itself is wrong."""
-    from sso_megatron.cli import first_run
+    from sso_megatron.cli.train import first_run
 
     parser = argparse.ArgumentParser(exit_on_error=False)
     first_run.add_parser(parser.add_subparsers())
@@ -125,19 +125,15 @@ def check_make(words: list[str]) -> None:
 
 def check_sso_megatron(words: list[str]) -> None:
     """Run ``data``, and ``bench`` on less; what names files of an example, or ranks, is parsed alone."""
-    from sso_megatron.cli import (
-        bench,
-        criterion,
-        data,
-        experiments,
-        export,
-        patch,
-        plan,
-        plot,
-        render,
-        watch,
-    )
+    from sso_megatron.cli import criterion, export, patch
+    from sso_megatron.cli.bench import command as bench
+    from sso_megatron.cli.data import command as data
+    from sso_megatron.cli.experiments import command as render
+    from sso_megatron.cli.experiments import fragments as experiments
     from sso_megatron.cli.main import main
+    from sso_megatron.cli.plan import command as plan
+    from sso_megatron.cli.plot import command as plot
+    from sso_megatron.cli.watch import command as watch
 
     if words[0] == "first-run":
         first_run_flags(words[1:])
@@ -188,7 +184,7 @@ def launched(words: list[str]) -> tuple[str, list[str]]:
 
 def check_launch(words: list[str]) -> None:
     """The experiment is there; its flags: test_flags_parse."""
-    from sso_megatron.cli import experiments
+    from sso_megatron.cli.experiments import fragments as experiments
 
     if "--dry-run" in words:
         check_script(["launch/train.sh", *words])
@@ -197,7 +193,7 @@ def check_launch(words: list[str]) -> None:
 
 def check_sbatch(words: list[str]) -> None:
     """The template is there, and the points of a sweep are as many as its experiment has."""
-    from sso_megatron.cli import experiments
+    from sso_megatron.cli.experiments import fragments as experiments
 
     (template,) = [word for word in words if word.endswith(".sbatch")]
     assert (ROOT / template).is_file()
@@ -258,7 +254,7 @@ def torchrun_flags(words: list[str]) -> tuple[int, list[str]]:
 
 def plan_flags(words: list[str]) -> tuple[int, list[str], bool]:
     """Number of ranks of a plan, Megatron's flags, and whether these are all that a run needs."""
-    from sso_megatron.cli import plan
+    from sso_megatron.cli.plan import command as plan
 
     parser = argparse.ArgumentParser(exit_on_error=False)
     plan.add_parser(parser.add_subparsers())
@@ -269,7 +265,7 @@ def plan_flags(words: list[str]) -> tuple[int, list[str], bool]:
 
 def render_flags(words: list[str]) -> list[str]:
     """Megatron's flags behind the name of an experiment."""
-    from sso_megatron.cli import render
+    from sso_megatron.cli.experiments import command as render
 
     parser = argparse.ArgumentParser(exit_on_error=False)
     render.add_parser(parser.add_subparsers())
@@ -313,7 +309,7 @@ def parse_from_command_line() -> None:
         if is_complete:
             arguments.validate_args(args, {})
         else:
-            from sso_megatron.mcore.arguments import check_and_register
+            from sso_megatron.mcore.entry import check_and_register
 
             check_and_register(args)
 

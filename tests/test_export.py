@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 
 from sso_megatron.cli import main as cli
 from sso_megatron.cli.export import _write_safetensors
-from sso_megatron.mcore.export import stored_radii
+from sso_megatron.mcore.offline.export import stored_radii
 from sso_megatron.version import __version__
 
 # A constant rate: the last update leaves weights well off their spheres.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sso_megatron.mcore.kinds import CONFIGS, OPTIMIZERS
+from sso_megatron.mcore.flags.optimizers import CONFIGS, OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATE = runpy.run_path(str(ROOT / "docs" / "generate.py"))
@@ -52,7 +52,7 @@ def flags_from_command_line() -> None:
     """What a rank of the zygote runs: writes the flags of Megatron's parser, without ours and with them."""
     from megatron.training import arguments
 
-    from sso_megatron.mcore.arguments import add_arguments
+    from sso_megatron.mcore.flags.parser import add_arguments
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
     theirs = getattr(

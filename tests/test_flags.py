@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from conftest import MOE, Megatron, tiny
 
-from sso_megatron.mcore.kinds import CONFIGS, OPTIMIZERS, flag_fields, from_schedule
+from sso_megatron.mcore.flags.optimizers import CONFIGS, OPTIMIZERS, flag_fields
+from sso_megatron.mcore.flags.schedule import from_schedule
 
 # A value that is not the default for every setting; a test below insists that none is missing.
 OTHER: dict[str, dict[str, object]] = {

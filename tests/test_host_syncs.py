@@ -12,7 +12,7 @@ from probes import save
 from torch.overrides import TorchFunctionMode
 
 from sso_megatron import SSO, MuonSphere, Spectra, SpectralAdam, SpectralClip
-from sso_megatron.cli.bench_meters import HostSyncs
+from sso_megatron.cli.bench.meters import HostSyncs
 from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.measures import StepMeasures
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sso_megatron.mcore import initialization
-from sso_megatron.mcore.layouts import ModelParameter, has_rule, layout_of
-from sso_megatron.mcore.names import global_names
+from sso_megatron.mcore.parameters import initialization
+from sso_megatron.mcore.parameters.layouts import ModelParameter, has_rule, layout_of
+from sso_megatron.mcore.parameters.names import global_names
 from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
 
 CONFIG: dict[str, Any] = {

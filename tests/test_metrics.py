@@ -14,8 +14,8 @@ from test_every_layout import DIST, EP2, PP2, SP, VPP2
 from torch import Tensor
 
 from sso_megatron.linalg.coefficients import polar_coefficients
-from sso_megatron.mcore.run_files import RunFiles
-from sso_megatron.mcore.tables import Table
+from sso_megatron.runs.tables import Table
+from sso_megatron.runs.writer import RunFiles
 
 EVERY = ["--log-spectral-metrics", 1]
 

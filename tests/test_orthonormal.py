@@ -8,7 +8,7 @@ import torch
 from conftest import Megatron
 from torch import Tensor
 
-from sso_megatron.cli.bench_meters import HostSyncs
+from sso_megatron.cli.bench.meters import HostSyncs
 from sso_megatron.linalg.orthonormal import orthonormalize
 
 

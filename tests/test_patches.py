@@ -15,7 +15,7 @@ import torch
 from conftest import HERE, free_port, tiny, unpacked
 
 from sso_megatron.cli.main import main
-from sso_megatron.mcore import compat
+from sso_megatron.mcore.compat import versions
 
 PATCHES = HERE.parent / "patches"
 NAMES = ["0001-optimizers-of-installed-packages", "0002-their-names-for-optimizer"]
@@ -143,7 +143,7 @@ def check_everything(folder: Path, base: Path, capsys: pytest.CaptureFixture[str
     assert losses(found["plain"]) == losses(found["launched"])
     recorded = json.loads((found["plain"] / "run.json").read_text())
     assert recorded["settings"]["radius_scaler"] == 2.0
-    assert recorded["versions"]["megatron-core"] == compat.version_in(folder / "megatron" / "core")
+    assert recorded["versions"]["megatron-core"] == versions.version_in(folder / "megatron" / "core")
     summary = json.loads((found["plain"] / "summary.json").read_text())
     assert summary["max_radius_error"] < 1e-2  # in bf16
     assert len(losses(found["other"])) == 2
@@ -158,7 +158,7 @@ def check_everything(folder: Path, base: Path, capsys: pytest.CaptureFixture[str
     assert hashes(folder) == before
 
 
-@pytest.mark.parametrize("version", compat.MEGATRON.tested)
+@pytest.mark.parametrize("version", versions.MEGATRON.tested)
 def test_a_wheel(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_everything(unpacked(version, tmp_path / "wheel"), tmp_path / "runs", capsys)
 
@@ -171,7 +171,7 @@ def test_the_main_branch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     shutil.copytree(Path(named, "megatron"), tmp_path / "lm" / "megatron")
     datasets = tmp_path / "lm" / "megatron" / "core" / "datasets"
     if not any(datasets.glob("helpers_cpp.*.so")):  # what `make` in that folder would compile
-        wheel = unpacked(compat.MEGATRON.tested[-1], tmp_path / "wheel")
+        wheel = unpacked(versions.MEGATRON.tested[-1], tmp_path / "wheel")
         for compiled in (wheel / "megatron" / "core" / "datasets").glob("helpers_cpp.*.so"):
             shutil.copy(compiled, datasets)
     check_everything(tmp_path / "lm", tmp_path / "runs", capsys)

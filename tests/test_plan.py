@@ -15,7 +15,7 @@ import pytest
 from browser import Browser, browser  # noqa: F401
 from conftest import MOE, Megatron, Run, tiny
 
-from sso_megatron.mcore.plan_records import Load, Plan, RankLoad
+from sso_megatron.mcore.plan.records import Load, Plan, RankLoad
 
 SP = "--sequence-parallel"
 DIST = "--use-distributed-optimizer"

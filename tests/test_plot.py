@@ -12,8 +12,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from recorded_runs import adam, dense, lines, measured, moe, spectra  # noqa: F401
 
-from sso_megatron.cli import plot, plot_axes, plot_layers, plot_matrices, plot_report, plot_training
-from sso_megatron.cli.records import load
+from sso_megatron.cli.plot import axes as plot_axes
+from sso_megatron.cli.plot import command as plot
+from sso_megatron.cli.plot import layers as plot_layers
+from sso_megatron.cli.plot import matrices as plot_matrices
+from sso_megatron.cli.plot import report as plot_report
+from sso_megatron.cli.plot import training as plot_training
+from sso_megatron.runs.reader import load
 
 
 def drawn(name: str, folders: list[Path]) -> Figure:

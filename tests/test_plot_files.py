@@ -10,9 +10,11 @@ from browser import Browser, browser  # noqa: F401
 from PIL import Image
 from recorded_runs import dense, lines, moe, spectra  # noqa: F401
 
-from sso_megatron.cli import plot, plot_report, plot_training
 from sso_megatron.cli.main import main
-from sso_megatron.cli.records import load
+from sso_megatron.cli.plot import command as plot
+from sso_megatron.cli.plot import report as plot_report
+from sso_megatron.cli.plot import training as plot_training
+from sso_megatron.runs.reader import load
 
 ALL_NAMES = {picture.name for picture in plot.PICTURES}
 

@@ -11,10 +11,11 @@ import torch
 from conftest import MOE, Megatron, Run, expert_by_itself, tiny
 from test_export import stored
 
-from sso_megatron.cli import plot_axes, plot_singular
 from sso_megatron.cli.main import main
-from sso_megatron.cli.records import load
-from sso_megatron.mcore import singular_values
+from sso_megatron.cli.plot import axes as plot_axes
+from sso_megatron.cli.plot import singular as plot_singular
+from sso_megatron.mcore.offline import singular_values
+from sso_megatron.runs.reader import load
 
 SAVING = ["--spectral-mup-init", "--lr", 0.05, "--save", "checkpoint", "--save-interval", 2]
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import Megatron, tiny
 
-from sso_megatron.cli import plot
 from sso_megatron.cli.main import main
-from sso_megatron.cli.records import load
+from sso_megatron.cli.plot import command as plot
+from sso_megatron.runs.reader import load
 
 
 @pytest.fixture(scope="module")

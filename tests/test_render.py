@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 from conftest import Megatron
 
-from sso_megatron.cli import experiments
+from sso_megatron.cli.experiments import fragments as experiments
 
 FILES = {
     "model/small": "--num-layers: 2 # ours\n--bf16: true\n--hidden-size: 64\n",

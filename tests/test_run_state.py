@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from run_folders import append, begin, interval, record, state_of
 
-from sso_megatron.cli import first_run, watch
-from sso_megatron.cli.live import duration, sparkline
-from sso_megatron.cli.run_state import LIGHTS, RunState
-from sso_megatron.mcore.alarms import KINDS
-from sso_megatron.mcore.tables import headlines
+from sso_megatron.cli.train import first_run
+from sso_megatron.cli.watch import command as watch
+from sso_megatron.cli.watch.screen import duration, sparkline
+from sso_megatron.runs.alarms import KINDS
+from sso_megatron.runs.live_state import LIGHTS, RunState
+from sso_megatron.runs.tables import headlines
 
 # ---------------------------------------------------------------- the files
 

@@ -13,7 +13,7 @@ from test_parallel import worst_error
 from test_sso import low_rank_problem, noise_problem, start
 
 from sso_megatron import Spectra, SpectraConfig, SpectralConfig
-from sso_megatron.cli.bench_meters import HostSyncs, PeakMemory
+from sso_megatron.cli.bench.meters import HostSyncs, PeakMemory
 from sso_megatron.linalg.block_iteration import find_block
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.linalg.part import Part

@@ -12,7 +12,7 @@ from test_spectra import CUT
 from test_sso import start
 
 from sso_megatron import SpectralAdam
-from sso_megatron.cli.bench_meters import HostSyncs, PeakMemory
+from sso_megatron.cli.bench.meters import HostSyncs, PeakMemory
 
 NAME = "param_groups[0].params[0]"
 SHAPES = [(48, 64), (32, 80), (80, 32), (48, 48)]

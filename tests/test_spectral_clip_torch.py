@@ -13,7 +13,7 @@ from conftest import Megatron
 from test_host_syncs import NoHostReads
 from test_sso import low_rank_problem, noise_problem, start
 
-from sso_megatron.cli.bench_meters import HostSyncs
+from sso_megatron.cli.bench.meters import HostSyncs
 from sso_megatron.matrices.layout import ParameterLayout, gate_up_splits
 from sso_megatron.optimizers.config import SpectralConfig
 from sso_megatron.optimizers.spectral_clip import SpectralClip

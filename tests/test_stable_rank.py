@@ -10,7 +10,7 @@ from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.linalg.nuclear_norm import norms
 from sso_megatron.linalg.part import Part
 from sso_megatron.linalg.stable_rank import Rows, add_rows, squared_norms
-from sso_megatron.mcore.activations import _normed
+from sso_megatron.mcore.metrics.input_stable_rank import _normed
 
 N = 128
 

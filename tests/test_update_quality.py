@@ -12,7 +12,8 @@ from quality_probes import judged_step
 from torch import Tensor
 
 from sso_megatron import SSO
-from sso_megatron.cli import data, first_run
+from sso_megatron.cli.data import command as data
+from sso_megatron.cli.train import first_run
 from sso_megatron.updates.sso import sso_step_, start_cache
 
 SHAPES = [(96, 96), (128, 80), (80, 128), (192, 48), (48, 192)]

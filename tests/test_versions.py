@@ -8,9 +8,10 @@ from importlib.metadata import version
 import pytest
 from conftest import MOE, Megatron, Run, assert_same_run, tiny, unpacked, zygote
 
-from sso_megatron.mcore import compat
+from sso_megatron.mcore.compat import versions
+from sso_megatron.mcore.errors import UnsupportedError
 
-OTHERS = [v for v in compat.MEGATRON.tested if v != version("megatron-core")]
+OTHERS = [v for v in versions.MEGATRON.tested if v != version("megatron-core")]
 WATCH = ("probes:weights",)
 BASE = ["--spectral-mup-init", "--train-iters", "4", "--clip-grad", "0.5"]
 SHARDED = ["--use-distributed-optimizer"]
@@ -88,27 +89,27 @@ def test_experts_with_a_tensor_parallelism_of_their_own(other: Megatron) -> None
 
 
 def test_an_untested_version_is_told_and_tried(capsys: pytest.CaptureFixture[str]) -> None:
-    compat._check("megatron-core", "0.20.0", compat.MEGATRON)
-    compat._check("megatron-core", "0.20.0", compat.MEGATRON)
+    versions._check("megatron-core", "0.20.0", versions.MEGATRON)
+    versions._check("megatron-core", "0.20.0", versions.MEGATRON)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
         "sso_megatron: warning: megatron-core 0.20.0 was not tested, 0.18.0, 0.18.2, 0.19.0, 0.19.2 were;"
     )
-    compat._check("emerging-optimizers", "0.4.0", compat.EMERGING)
+    versions._check("emerging-optimizers", "0.4.0", versions.EMERGING)
     assert "emerging-optimizers 0.4.0 was not tested, 0.3.0 were" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("found", ["0.18.2", "0.19.1", "0.19.7"])
 def test_a_tested_minor_version_is_not_mentioned(capsys: pytest.CaptureFixture[str], found: str) -> None:
-    compat._check("megatron-core", found, compat.MEGATRON)
+    versions._check("megatron-core", found, versions.MEGATRON)
     assert capsys.readouterr().err == ""
 
 
 def test_what_cannot_work_is_refused() -> None:
-    with pytest.raises(compat.UnsupportedError, match=r"0\.17\.1 cannot work: .* no registry"):
-        compat._check("megatron-core", "0.17.1", compat.MEGATRON)
-    with pytest.raises(compat.UnsupportedError, match=r"0\.1\.0 cannot work: versions before 0\.2 lack"):
-        compat._check("emerging-optimizers", "0.1.0", compat.EMERGING)
+    with pytest.raises(UnsupportedError, match=r"0\.17\.1 cannot work: .* no registry"):
+        versions._check("megatron-core", "0.17.1", versions.MEGATRON)
+    with pytest.raises(UnsupportedError, match=r"0\.1\.0 cannot work: versions before 0\.2 lack"):
+        versions._check("emerging-optimizers", "0.1.0", versions.EMERGING)
 
 
 def test_a_missing_private_name_is_one_line(megatron: Megatron) -> None:

@@ -20,7 +20,7 @@ from conftest import MOE, Megatron, tiny
 from run_folders import OFF_RADIUS, WEIGHT, append, begin, interval, record, state_of
 from terminal import Terminal
 
-from sso_megatron.cli.run_state import LIGHTS
+from sso_megatron.runs.live_state import LIGHTS
 
 WATCH = [sys.executable, "-m", "sso_megatron.cli.main", "watch"]
 # ---------------------------------------------------------------- real runs

@@ -136,8 +136,9 @@ def main() -> None:
     for name in ("training", "training.models", "training.argument_utils", "core.models.mimo"):
         importlib.import_module(f"megatron.{name}")
     importlib.import_module("megatron.core.tokenizers.text.models")  # else transformers in every rank
-    for name in ("mcore.recorder", "mcore.chain", "mcore.layer_wise", "cli.pretrain_gpt"):
-        importlib.import_module(f"sso_megatron.{name}")
+    for name in ("metrics.recorder", "optimizer.chain", "optimizer.layer_wise"):
+        importlib.import_module(f"sso_megatron.mcore.{name}")
+    importlib.import_module("sso_megatron.cli.train.pretrain_gpt")
     importlib.import_module("probes")
     fork_checkpoint_writers()
     read_help_texts_once()

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sso_megatron.mcore import criterion_report
+from sso_megatron.runs import criterion_table
 
 
 def add_parser(subparsers: Any) -> None:
@@ -33,16 +33,16 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the `criterion` command; return 0, or 2 after a one-line error."""
     try:
-        cells, iterations = criterion_report.read(options.folder, options.since)
+        cells, iterations = criterion_table.read(options.folder, options.since)
         if options.json:
             record = {"iterations": iterations, "modules": [dataclasses.asdict(cell) for cell in cells]}
             options.json.write_text(json.dumps(record, indent=1) + "\n")
         if options.picture:
-            criterion_report.draw(options.picture, cells)
+            criterion_table.draw(options.picture, cells)
     except (ValueError, OSError) as error:
         print(f"sso-megatron criterion: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     console = Console()
     console = console if console.is_terminal else Console(width=200)
-    criterion_report.print_table(cells, iterations, console, by_layer=options.by_layer)
+    criterion_table.print_table(cells, iterations, console, by_layer=options.by_layer)
     return 0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sso_megatron.mcore import export, whole_model
+from sso_megatron.mcore.offline import export, loading
 from sso_megatron.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,10 +66,10 @@ def _export(options: argparse.Namespace) -> str:
     out = Path(os.path.abspath(options.out))
     if os.path.lexists(out):
         raise ValueError(f"--out {out} must not exist; name another folder, or remove it")
-    folder = whole_model.find_checkpoint(options.load, options.ckpt_step)
-    with whole_model.alone():
-        checkpoint = whole_model.read_checkpoint(folder)
-        chunks = whole_model.load_model(checkpoint)
+    folder = loading.find_checkpoint(options.load, options.ckpt_step)
+    with loading.alone():
+        checkpoint = loading.read_checkpoint(folder)
+        chunks = loading.load_model(checkpoint)
         matrices = export.retract_(chunks, checkpoint)
         _publish(out, chunks, checkpoint, matrices, options)
     moves = [abs(matrix.norm / matrix.radius - 1) for matrix in matrices]
@@ -82,7 +82,7 @@ def _export(options: argparse.Namespace) -> str:
 def _publish(
     out: Path,
     chunks: list[Any],
-    checkpoint: whole_model.Checkpoint,
+    checkpoint: loading.Checkpoint,
     matrices: list[export.Matrix],
     options: argparse.Namespace,
 ) -> None:
@@ -102,7 +102,7 @@ def _publish(
         made.rename(out)
 
 
-def _metadata(checkpoint: whole_model.Checkpoint, num_matrices: int) -> dict[str, str]:
+def _metadata(checkpoint: loading.Checkpoint, num_matrices: int) -> dict[str, str]:
     """What the file says about itself; safetensors keeps strings alone."""
     args, sso, shared = checkpoint.args, checkpoint.config, checkpoint.shared
     sizes = {name: value for name in _SIZES if (value := getattr(args, name, None)) is not None}

@@ -3,7 +3,14 @@
 import argparse
 from collections.abc import Sequence
 
-from sso_megatron.cli import bench, criterion, data, export, first_run, patch, plan, plot, render, watch
+from sso_megatron.cli import criterion, export, patch
+from sso_megatron.cli.bench import command as bench
+from sso_megatron.cli.data import command as data
+from sso_megatron.cli.experiments import command as render
+from sso_megatron.cli.plan import command as plan
+from sso_megatron.cli.plot import command as plot
+from sso_megatron.cli.train import first_run
+from sso_megatron.cli.watch import command as watch
 from sso_megatron.version import __version__
 
 

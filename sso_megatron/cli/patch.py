@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import sso_megatron
-from sso_megatron.mcore import compat
+from sso_megatron.mcore.compat import versions
 
 SERIES = {"0.18": "core_v0.18", "0.19": "core_v0.19", "0.20": "main"}
 """Folder in ``patches/`` for each minor version; the last is that of Megatron-LM's main branch."""
@@ -96,7 +96,7 @@ class Target:
                 f"{folder} must hold {_PACKAGE_INFO}; name a Megatron-LM checkout, or the folder that the "
                 "package megatron is installed in"
             )
-        self.version = compat.version_in((self.folder / _PACKAGE_INFO).parent)
+        self.version = versions.version_in((self.folder / _PACKAGE_INFO).parent)
         name = SERIES.get(".".join(self.version.split(".")[:2]))
         if name is None:
             raise PatchError(

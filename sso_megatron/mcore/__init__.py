@@ -1,6 +1,6 @@
 """The only package that imports megatron: registration, flags, layouts, CPU rehearsal, records."""
 
 from sso_megatron.mcore.entry import enter
-from sso_megatron.mcore.registration import register
+from sso_megatron.mcore.optimizer.registration import register
 
 __all__ = ["enter", "register"]

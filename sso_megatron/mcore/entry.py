@@ -1,19 +1,29 @@
 """Calls that make Megatron know this package: before it is imported, or from a patched one itself."""
 
+import argparse
 import os
 import socket
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from sso_megatron.mcore import (
-    arguments,
-    checkpoint_loading,
-    checkpoint_saving,
-    compat,
-    cpu,
-    recorder,
-    registration,
+from sso_megatron.mcore.checkpoint import load_hooks, save_hooks
+from sso_megatron.mcore.compat import private_api, versions
+from sso_megatron.mcore.errors import UnsupportedError, fail
+from sso_megatron.mcore.flags.optimizers import OPTIMIZERS
+from sso_megatron.mcore.flags.parser import add_arguments, configs_from
+from sso_megatron.mcore.flags.validation import (
+    check_criterion,
+    check_metrics,
+    check_request,
+    refuse_idle_flags,
+    unread_flags,
 )
+from sso_megatron.mcore.metrics import recorder
+from sso_megatron.mcore.optimizer import model_hooks, registration
+from sso_megatron.mcore.rehearsal import rehearsal
+from sso_megatron.runs.writer import prepare_folder
 
 
 def enter() -> None:
@@ -24,20 +34,20 @@ def enter() -> None:
     line and exit code 2. No process group is made.
     """
     try:
-        compat.check_versions()
-        if cpu.cuda_is_missing():
+        versions.check_versions()
+        if rehearsal.cuda_is_missing():
             if os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE") and not _hides_gpus():
-                arguments.fail(
+                fail(
                     f"no CUDA device on {socket.gethostname()}, one node of several; mend it, or rehearse "
                     "on the CPU with CUDA_VISIBLE_DEVICES= (empty) on every node"
                 )
-            cpu.start_rehearsal()
-        cpu.skip_helper_compilation()
-        arguments.install()
+            rehearsal.start_rehearsal()
+        rehearsal.skip_helper_compilation()
+        _hook_arguments()
         recorder.install()
         _hook_checkpoints()
-    except compat.UnsupportedError as error:
-        arguments.fail(error)
+    except UnsupportedError as error:
+        fail(error)
 
 
 def plug_in(registry: dict[str, Any]) -> None:
@@ -54,16 +64,70 @@ def plug_in(registry: dict[str, Any]) -> None:
     try:
         if not registration.is_registered():
             registration.register()
-        arguments.install(for_ours=_hook_checkpoints)
+        _hook_arguments(for_ours=_hook_checkpoints)
         recorder.install()
-    except compat.UnsupportedError as error:
+    except UnsupportedError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"sso_megatron: warning: not plugged in: {error}", file=sys.stderr, flush=True)
 
 
+def _hook_arguments(for_ours: Callable[[], None] = lambda: None) -> None:
+    """Hook flags and checks into Megatron's argument module.
+
+    Args:
+        for_ours: run, too, where the command line asks for one of our optimizers.
+    """
+    from megatron.training import arguments
+
+    def with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda parser: add_arguments(original(parser))
+
+    def with_checks(original: Callable[..., Any]) -> Callable[..., Any]:
+        def validate_args(args: argparse.Namespace, *rest: Any, **named: Any) -> Any:
+            try:
+                _check_and_register(args)
+            except (ValueError, ImportError) as error:
+                fail(error)
+            if args.optimizer in OPTIMIZERS:
+                for_ours()
+            return original(args, *rest, **named)
+
+        return validate_args
+
+    private_api.wrap(arguments, "add_megatron_arguments", with_flags)
+    private_api.wrap(arguments, "validate_args", with_checks)
+
+
+def _check_and_register(args: argparse.Namespace) -> None:
+    """Everything between parsing and Megatron's own validation, on parsed arguments.
+
+    Raises:
+        ValueError: see ``configs_from``, ``flags.validation`` and ``rehearsal.adapt_arguments``.
+    """
+    refuse_idle_flags(args)
+    check_criterion(args)
+    check_metrics(args)
+    if args.optimizer in OPTIMIZERS:
+        check_request(args)
+        note = unread_flags(args)
+        if note and args.rank == 0:
+            print(f"sso_megatron: {note}", flush=True)
+        if rehearsal.cuda_is_missing() and not rehearsal.rehearses():
+            raise ValueError(
+                f"--optimizer {args.optimizer}: no CUDA device found, and Megatron was imported before it "
+                "could be sent to the CPU; to rehearse, start the script with python -m sso_megatron.run"
+            )
+        registration.register(*configs_from(args))
+        model_hooks.install()
+    if rehearsal.rehearses():
+        rehearsal.adapt_arguments(args)
+    if args.spectral_run_dir is not None:  # on every rank: all of them stop before a process group exists
+        prepare_folder(Path(args.spectral_run_dir), goes_on=args.load is not None)
+
+
 def _hook_checkpoints() -> None:
-    checkpoint_saving.install()
-    checkpoint_loading.install()
+    save_hooks.install()
+    load_hooks.install()
 
 
 def _hides_gpus() -> bool:

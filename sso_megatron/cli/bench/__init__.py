@@ -1,0 +1,1 @@
+"""``sso-megatron bench``: what optimizer steps cost, beside AdamW and Muon."""

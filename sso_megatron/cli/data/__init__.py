@@ -1,0 +1,1 @@
+"""``sso-megatron data``: text files as Megatron's indexed data sets."""

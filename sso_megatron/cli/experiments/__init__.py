@@ -1,0 +1,1 @@
+"""``sso-megatron render``: the flags of an experiment of ``configs/``."""

@@ -1,0 +1,1 @@
+"""``sso-megatron plan``: what the optimizer will do to every weight, before the run."""

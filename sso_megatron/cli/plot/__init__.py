@@ -1,0 +1,1 @@
+"""``sso-megatron plot``: pictures of runs, and a report."""

@@ -1,0 +1,1 @@
+"""What several commands share: pages, and Megatron in a process that trains nothing."""

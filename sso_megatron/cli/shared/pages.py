@@ -1,0 +1,23 @@
+"""HTML pages from the templates of the commands."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+
+def render(template: str, **values: Any) -> str:
+    """A page's text; what a value holds is escaped unless it is ``Markup``.
+
+    Args:
+        template: its file, relative to the folder ``cli``.
+        values: for the names in it; one that has no value is an error, not an empty place.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent.parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)

@@ -1,0 +1,99 @@
+"""Hooks where Megatron saves: into a partial folder, with a manifest, and a tracker that is replaced.
+
+They serve every optimizer. Left alone are folders in object stores (``--enable-msc``), which cannot be
+renamed, and formats other than torch_dist, whose tracker alone is replaced.
+"""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sso_megatron.mcore.checkpoint import folders, manifest
+from sso_megatron.mcore.checkpoint.collective_exit import check_together, on_first_rank
+from sso_megatron.mcore.compat import private_api
+
+
+def install() -> None:
+    """Hook into Megatron's saving.
+
+    Raises:
+        UnsupportedError: this Megatron-Core lacks one of the functions.
+    """
+    from megatron.core import dist_checkpointing
+
+    private_api.wrap(dist_checkpointing, "save", _into_partial_folder)
+    # A function that other files are opened with, too; only the tracker is treated in another way.
+    private_api.wrap(*private_api.tracker_opener(), _with_tracker_replaced)
+
+
+def uses_object_store() -> bool:
+    """Whether Megatron's paths may be addresses in an object store."""
+    from megatron.core.msc_utils import MultiStorageClientFeature
+
+    return bool(MultiStorageClientFeature.is_enabled())
+
+
+_swept: set[Path] = set()
+"""Folders of checkpoints that this run has saved into, hence cleaned of what earlier ones left."""
+
+
+def _into_partial_folder(original: Callable[..., Any]) -> Callable[..., Any]:
+    def save(
+        sharded_state_dict: Any,
+        checkpoint_dir: Any,
+        *args: Any,
+        verify_integrity: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Save as Megatron does, so that the folder is there only when it is complete.
+
+        Collectives, beside Megatron's: a broadcast and a gather of objects before, and those of
+        ``_finish``; in an asynchronous save the latter when it is finalised.
+        """
+        folder = Path(checkpoint_dir)
+        if uses_object_store() or not folders.is_checkpoint_name(folder.name):
+            return original(
+                sharded_state_dict, checkpoint_dir, *args, verify_integrity=verify_integrity, **kwargs
+            )
+        sweep, partial = folder.parent not in _swept, folders.partial_of(folder)
+        on_first_rank(lambda: folders.start_partial(folder, sweep))
+        _swept.add(folder.parent)
+        check_together(lambda: None if partial.is_dir() else _not_shared(folder))
+        # Without verify_integrity: the manifest is written anyway, and by all ranks.
+        request = original(sharded_state_dict, str(partial), *args, **kwargs)
+        if request is None:
+            _finish(folder)
+        else:  # Megatron adds what writes the tracker after this
+            request.finalize_fns.append(lambda: _finish(folder))
+        return request
+
+    return save
+
+
+def _finish(folder: Path) -> None:
+    """Write the manifest of a partial folder and make it the checkpoint.
+
+    Collectives: those of ``manifest.write`` and a broadcast, after which the folder is there.
+    """
+    manifest.write(folders.partial_of(folder))
+    on_first_rank(lambda: folders.publish(folder))
+
+
+def _not_shared(folder: Path) -> str:
+    return (
+        f"--save {folder.parent} is not the same folder on {socket.gethostname()} as on the first rank's "
+        "node; name one on a file system that all nodes share"
+    )
+
+
+def _with_tracker_replaced(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron empties the tracker and then writes it; a run killed between would leave it empty."""
+
+    def open_file(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        is_tracker = Path(path).name == folders.TRACKER
+        if uses_object_store() or not is_tracker or mode != "w":
+            return private_api.open_with_store(path, mode, *args, **kwargs)
+        return folders.replacing(Path(path))
+
+    return open_file

@@ -1,0 +1,104 @@
+"""A run as Megatron's training loop takes it: a configuration with the model's in it.
+
+0.19 builds the model from that configuration. 0.18 asks for a function that builds it, and has no
+configuration of a GPT model: there ``gpt_018`` has one, and ``get_model`` learns to go by it.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from sso_megatron.mcore.compat import private_api, versions
+
+
+def model_config(args: Namespace) -> Any:
+    """Configuration of the model that Megatron's validated arguments describe, GPT or hybrid."""
+    from megatron.training import argument_utils
+
+    if args.hybrid_layer_pattern:
+        return argument_utils.hybrid_config_from_args(args)
+    if not versions.is_0_18():
+        return argument_utils.gpt_config_from_args(args)
+    from sso_megatron.mcore.compat import gpt_018
+
+    return gpt_018.config_from_args(args)
+
+
+def configuration(args: Namespace) -> Any:
+    """Megatron's configuration of a run, its model included."""
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    return pretrain_cfg_container_from_args(args, model_config(args))
+
+
+def pretrain(container: Any, datasets: Callable[..., Any], forward_step: Any, **named: Any) -> None:
+    """Megatron's training loop on a model that the configuration describes.
+
+    Args:
+        container: ``configuration`` of the run.
+        datasets: provider of train, validation and test sets.
+        forward_step: of one micro batch.
+        **named: the loop's other arguments.
+    """
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+
+    pretrain(
+        container,
+        datasets,
+        model_type=ModelType.encoder_or_decoder,
+        forward_step_func=forward_step,
+        **_model_provider("model_provider", container),
+        **named,
+    )
+
+
+def model_and_optimizer(container: Any, groups: Any) -> tuple[list[Any], Any]:
+    """Model chunks and optimizer, as the training loop sets them up, over these process groups."""
+    from megatron.core.enums import ModelType
+    from megatron.training.training import setup_model_and_optimizer
+
+    provider = _model_provider("model_provider_func", container)
+    named = {} if provider else {"cfg_container": container, "pg_collection": groups}
+    model, optimizer, _ = setup_model_and_optimizer(
+        model_type=ModelType.encoder_or_decoder, **provider, **named
+    )
+    return model, optimizer
+
+
+def _model_provider(name: str, container: Any) -> dict[str, Any]:
+    """The argument that 0.18 needs, by its name; the configuration itself, which ``get_model`` knows."""
+    if not versions.is_0_18():
+        return {}
+    from megatron.training import training
+
+    private_api.wrap(training, "get_model", _by_configuration)
+    return {name: container}
+
+
+def _by_configuration(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``get_model`` of 0.18, which also takes a configuration for the function that builds the model."""
+
+    def get_model(
+        provider: Any,
+        model_type: Any = None,
+        wrap_with_ddp: bool = True,
+        config: Any = None,
+        pg_collection: Any = None,
+    ) -> Any:
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.training.config import PretrainConfigContainer
+
+        if not isinstance(provider, PretrainConfigContainer):
+            return original(provider, model_type, wrap_with_ddp, config, pg_collection)
+        return provider.model.get_builder_cls()(provider.model).build_distributed_models(
+            pg_collection=pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
+            ddp_config=provider.ddp,
+            overlap_param_gather_with_optimizer_step=provider.optimizer.overlap_param_gather_with_optimizer_step,
+            use_megatron_fsdp=provider.dist.use_megatron_fsdp,
+            use_torch_fsdp2=provider.dist.use_torch_fsdp2,
+            wrap_with_ddp=wrap_with_ddp,
+            data_parallel_random_init=provider.rng.data_parallel_random_init,
+        )
+
+    return get_model

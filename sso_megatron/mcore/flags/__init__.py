@@ -1,0 +1,1 @@
+"""The names that ``--optimizer`` takes, their flags, and which command lines are refused."""

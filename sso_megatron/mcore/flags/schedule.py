@@ -1,0 +1,53 @@
+"""Settings of an optimizer that follow from the length and the warmup of the run."""
+
+import argparse
+
+from sso_megatron.mcore.flags.optimizers import Kind, flags_of
+
+
+def from_schedule(kind: Kind, args: argparse.Namespace) -> dict[str, int]:
+    """Settings that stand at 0 and that the run's own length and warmup give.
+
+    Args:
+        kind: of the optimizer.
+        args: Megatron's, parsed and not validated yet.
+
+    Raises:
+        ValueError: the run is told in samples, and not all batches have the same number of them.
+    """
+    names = ("train_steps", "c_warmup_steps")
+    missing = [name for name in names if kind.prefix == "spectra_clip" and not _of_clip(args, name)]
+    if not missing:
+        return {}
+    varies = [flag for flag in ("rampup_batch_size", "step_batch_size_schedule") if getattr(args, flag)]
+    if varies and args.train_samples:
+        flag, wanted = varies[0].replace("_", "-"), flags_of(kind.prefix, missing)
+        raise ValueError(
+            f"--train-samples with --{flag}: does not tell the number of steps, which --optimizer "
+            f"{args.optimizer} goes by; give {wanted} (1 for no warmup of c)"
+        )
+    batch = _batch_size(args)
+
+    def steps(count: int | None, samples: int | None) -> int:
+        return count or (samples // batch if samples and batch else 0)
+
+    length = steps(args.train_iters, args.train_samples)
+    if args.lr_warmup_fraction is not None:
+        decay = steps(args.lr_decay_iters, args.lr_decay_samples) or length
+        warmup = int(args.lr_warmup_fraction * decay)
+    else:
+        warmup = steps(args.lr_warmup_iters, args.lr_warmup_samples)
+    known = {"train_steps": length, "c_warmup_steps": min(warmup, length)}
+    return {name: known[name] for name in missing}
+
+
+def _of_clip(args: argparse.Namespace, name: str) -> int:
+    return int(getattr(args, f"spectra_clip_{name}"))
+
+
+def _batch_size(args: argparse.Namespace) -> int:
+    """Samples of a step, as Megatron will find them; 0 where it will refuse the arguments."""
+    if args.global_batch_size:
+        return int(args.global_batch_size)
+    ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    return int((args.micro_batch_size or 0) * (args.world_size // ranks))

@@ -1,0 +1,87 @@
+"""``--log-spectral-metrics``: what the optimizer does to every weight, and the model's health."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sso_megatron.mcore.metrics import activations as activation_meter
+from sso_megatron.mcore.metrics import weights as weight_meter
+from sso_megatron.mcore.metrics.activations import ActivationMeter
+from sso_megatron.mcore.metrics.rank_gather import SheetGather
+from sso_megatron.mcore.metrics.weights import WeightMeter
+from sso_megatron.mcore.optimizer.registration import spectral_parts
+from sso_megatron.runs.tables import Tables
+
+
+class Metrics:
+    """Measures every so many iterations, on the device; other iterations are not touched.
+
+    Collectives: at the first such iteration one gather of objects over the world; those of
+    ``optimizers.measures.spectral_norms``. The numbers themselves travel with the recorder's.
+    """
+
+    def __init__(self, interval: int, sees_activations: bool) -> None:
+        """Take the number of iterations, and whether the model's forward passes can be looked at."""
+        self._interval = interval
+        self._sees_activations = sees_activations
+        self._meters: list[Any] = []
+        self._gather: SheetGather | None = None
+        self._taken: Tensor | None = None
+
+    def around_train_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Measure the steps that end a measured iteration."""
+
+        def train_step(*args: Any, iteration: int | None = None, **kwargs: Any) -> Any:
+            if iteration is None or (iteration + 1) % self._interval:
+                return original(*args, iteration=iteration, **kwargs)
+            if not self._meters:
+                self._find(model=args[2], optimizer=args[3])
+            with contextlib.ExitStack() as stack:
+                values: dict[str, Tensor] = {}
+                for meter in self._meters:
+                    meter.start()
+                    stack.callback(_finish, meter, values)
+                result = original(*args, iteration=iteration, **kwargs)
+            assert self._gather is not None
+            self._taken = self._gather.vector(values)
+            return result
+
+        return train_step
+
+    def _find(self, model: Any, optimizer: Any) -> None:
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.training import get_args
+
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        is_sharded = get_args().use_layer_wise_distributed_optimizer
+        self._meters = [WeightMeter(spectral_parts(optimizer), is_sharded, groups)]
+        if self._sees_activations:
+            self._meters.append(ActivationMeter(model, groups))
+        self._gather = SheetGather({name: s for meter in self._meters for name, s in meter.sheets.items()})
+
+    @property
+    def has_taken(self) -> bool:
+        """Whether ``take`` has something to give; the same on every rank."""
+        return self._taken is not None
+
+    def take(self) -> Tensor | None:
+        """This rank's numbers of the last step, once, if it was measured; as many on every rank."""
+        taken, self._taken = self._taken, None
+        return taken
+
+    def tables(self, gathered: np.ndarray) -> Tables:
+        """What ``(world, numbers)`` of all ranks come to."""
+        assert self._gather is not None
+        reduced = self._gather.tables(gathered)
+        tables = {"matrices": weight_meter.table(reduced["parts"], reduced["whole"])}
+        if self._sees_activations:
+            tables["layers"] = activation_meter.layer_table(reduced["layers"])
+            tables["experts"] = activation_meter.expert_table(reduced["experts"])
+        return tables
+
+
+def _finish(meter: Any, values: dict[str, Tensor]) -> None:
+    values |= meter.finish()

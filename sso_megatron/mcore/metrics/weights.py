@@ -1,0 +1,111 @@
+"""What each step of a spectral optimizer did to its weights, for ``--log-spectral-metrics``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sso_megatron.mcore.metrics.rank_gather import Key, Sheet
+from sso_megatron.mcore.parameters.names import expert_by_itself
+from sso_megatron.optimizers.base import SpectralOptimizer
+from sso_megatron.optimizers.measures import StepMeasures
+from sso_megatron.runs.tables import EMPTY, Table
+
+_PARTS = ("weight_square", "update_square", "numel")
+
+
+class WeightMeter:
+    """Has optimizers measure a step, and takes this rank's share of the results.
+
+    Data-parallel ranks that step on the same matrices report every so many-th of them each. No collective.
+    """
+
+    def __init__(self, optimizers: Sequence[SpectralOptimizer], is_sharded: bool, groups: Any) -> None:
+        """Find the matrices.
+
+        Args:
+            optimizers: the spectral ones of this rank; all of one class.
+            is_sharded: whether data-parallel ranks step on different matrices.
+            groups: Megatron's process groups.
+        """
+        self._optimizers = optimizers
+        self._parts: list[tuple[str, Key]] = []  # by the name that the optimizer knows
+        self._whole: list[tuple[str, Key]] = []
+        numels: list[int] = []
+        for optimizer in optimizers:
+            for batch in optimizer.batches:
+                replicas = groups.expt_dp if batch.group.get("is_expert_parallel") else groups.dp_cp
+                rank, size = (0, 1) if is_sharded else (replicas.rank(), replicas.size())
+                part = batch.shards.rank if batch.shards is not None else 0
+                held = [member for member in batch.members if member.split.rows]
+                for member in held[rank::size]:
+                    self._parts.append((member.name, (expert_by_itself(member.name), part)))
+                    numels.append(member.split.read(member.param).numel())
+                for member in batch.here[rank::size]:
+                    self._whole.append((member.name, (expert_by_itself(member.name), 0)))
+        self._numels = torch.tensor(numels, dtype=torch.float32, device="cuda")[:, None]
+        columns = {name for optimizer in optimizers for name in optimizer.columns}
+        order = [name for optimizer in optimizers for name in optimizer.columns]
+        self._columns = tuple(sorted(columns, key=order.index))
+
+    @property
+    def sheets(self) -> dict[str, Sheet]:
+        """What this rank reports: parts of matrices, and matrices that it works on."""
+        return {
+            "parts": Sheet([key for _, key in self._parts], sums=_PARTS),
+            "whole": Sheet([key for _, key in self._whole], sums=self._columns),
+        }
+
+    def start(self) -> None:
+        """Have the next step measured."""
+        for optimizer in self._optimizers:
+            optimizer.measures = StepMeasures()
+
+    def finish(self) -> dict[str, Tensor]:
+        """Numbers of ``sheets``; NaN where no step was taken."""
+        parts: dict[str, Tensor] = {}
+        whole: dict[str, Tensor] = {}
+        for optimizer in self._optimizers:
+            assert optimizer.measures is not None
+            parts |= optimizer.measures.parts
+            whole |= optimizer.measures.whole
+            optimizer.measures = None
+        squares = _rows([name for name, _ in self._parts], parts, len(_PARTS) - 1)
+        return {
+            "parts": torch.cat([squares, self._numels], dim=1),
+            "whole": _rows([name for name, _ in self._whole], whole, len(self._columns)),
+        }
+
+
+def _rows(names: list[str], values: dict[str, Tensor], num_columns: int) -> Tensor:
+    unknown = torch.full((num_columns,), torch.nan, device="cuda")
+    rows = [values.get(name, unknown) for name in names]
+    return torch.stack(rows) if rows else unknown.new_empty(0, num_columns)
+
+
+def table(
+    parts: tuple[tuple[str, ...], dict[str, np.ndarray]],
+    whole: tuple[tuple[str, ...], dict[str, np.ndarray]],
+) -> Table:
+    """The table ``matrices`` from the reduced sheets.
+
+    ``update_rms`` and ``update_ratio`` are those of the weight's whole change in the step: retraction and
+    weight decay are in it.
+    """
+    rows, sums = parts
+    if not rows:
+        return EMPTY
+    assert rows == whole[0]
+    weight, update = sums["weight_square"], sums["update_square"]
+    norms = whole[1]["spectral_norm"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        derived = {
+            "spectral_norm": norms,
+            "frobenius_norm": np.sqrt(weight),
+            "stable_rank": weight / norms**2,
+            "update_rms": np.sqrt(update / sums["numel"]),
+            "update_ratio": np.sqrt(update / weight),
+        }
+    return Table(rows, derived | {name: v for name, v in whole[1].items() if name != "spectral_norm"})

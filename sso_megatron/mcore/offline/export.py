@@ -1,0 +1,161 @@
+"""A checkpoint's weights on their spheres, written for evaluation.
+
+A step retracts a weight before it updates it, so the weights in a checkpoint are off their spheres by one
+update. Here every logical matrix is scaled to the radius that the run's own settings give it, in float64;
+what is written in float32 is then on its sphere to about 1e-8, relative, and what is written in bfloat16
+to some 1e-4: rounding moves an entry by up to 2^-9, the norm of a matrix by less.
+"""
+
+import argparse
+import dataclasses
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sso_megatron.linalg.spectral_norm import spectral_norm
+from sso_megatron.matrices.layout import Split
+from sso_megatron.matrices.scaling import target_radius
+from sso_megatron.mcore.checkpoint.compatibility import stored_contents
+from sso_megatron.mcore.checkpoint.folders import TRACKER, iteration_folder
+from sso_megatron.mcore.offline.loading import Checkpoint, sharding_metadata
+from sso_megatron.mcore.optimizer.registration import prepare_model
+from sso_megatron.mcore.parameters.names import OPTIONAL_STATE, expert_by_itself, global_names
+from sso_megatron.optimizers.config import SSOConfig
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A logical matrix of the model in this process, whole.
+
+    Attributes:
+        name: global name, the same for every way to store experts.
+        param: the parameter it is part of.
+        split: which rows of it.
+        radius: spectral norm that it was given.
+        norm: spectral norm that it had in the checkpoint.
+    """
+
+    name: str
+    param: Tensor
+    split: Split
+    radius: float
+    norm: float
+
+
+@torch.no_grad()
+def retract_(chunks: list[Any], checkpoint: Checkpoint) -> list[Matrix]:
+    """Scale every logical matrix of the model to its radius, in place.
+
+    Returns:
+        The matrices; every other parameter is left as it is.
+
+    Raises:
+        ValueError: a matrix of norm 0 or not finite, or one whose radius the checkpoint lacks.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    # Weights are loaded: mup_init would draw them anew.
+    shared = dataclasses.replace(checkpoint.shared, mup_init=False)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    radius_of = _radii(checkpoint)
+    matrices = []
+    for param, layout in prepare_model(chunks, checkpoint.config, shared, groups):
+        for split in layout.splits:
+            name = expert_by_itself(layout.matrix_name(split))
+            W, radius = split.read(param).double(), radius_of(name, split)
+            norm = spectral_norm(W) if bool(W.isfinite().all()) else float("nan")
+            if not norm > 0:
+                raise ValueError(f"{name} in {checkpoint.folder} has norm {norm}: no place on a sphere")
+            split.write_(param, W * (radius / norm))
+            matrices.append(Matrix(name, param, split, radius, norm))
+    return matrices
+
+
+def _radii(checkpoint: Checkpoint) -> Callable[[str, Split], float]:
+    """A function from a matrix's name and rows to its radius."""
+    sso: SSOConfig = checkpoint.config
+    if sso.radius_mode != "from_weights":
+        return lambda name, split: target_radius(split.shape, sso.radius_mode, sso.radius_scaler)
+    radii = stored_radii(checkpoint.folder)
+
+    def radius_of(name: str, split: Split) -> float:
+        if name not in radii:
+            raise ValueError(
+                f"{name} has no radius in {checkpoint.folder}, and --sso-radius-mode from_weights has no "
+                "other place for it; export a checkpoint that was saved with its optimizer's state"
+            )
+        return radii[name]
+
+    return radius_of
+
+
+def stored_radii(folder: Path) -> dict[str, float]:
+    """Radii that the optimizer keeps in a checkpoint, by the name of the logical matrix."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    keys = sorted(key for key in stored_contents(folder) if key.startswith(OPTIONAL_STATE))
+    objects: dict[str, Any] = {key: io.BytesIO() for key in keys}
+    if objects:
+        load(objects, storage_reader=FileSystemReader(folder), no_dist=True)
+    radii = {}
+    for key, value in objects.items():
+        if isinstance(value, io.BytesIO):
+            value.seek(0)
+            value = torch.load(value, weights_only=True)
+        (state,) = value  # Megatron wraps the object of each shard in a list
+        # After the name: which shard of how many, of which there is one.
+        name = key.removeprefix(OPTIONAL_STATE).rpartition("/shard_")[0]
+        if "radius" in state:
+            radii[name] = float(state["radius"])
+    return radii
+
+
+def named_tensors(chunks: list[Any], matrices: list[Matrix]) -> Iterator[tuple[str, Tensor]]:
+    """Every logical matrix and every other weight or buffer of the model, by global name."""
+    held: dict[int, list[Matrix]] = {}
+    for matrix in matrices:
+        held.setdefault(id(matrix.param), []).append(matrix)
+    for chunk in chunks:
+        rename = global_names(chunk, 0)
+        for local_name, value in chunk.state_dict(keep_vars=True).items():
+            if id(value) in held:
+                for matrix in held[id(value)]:
+                    yield matrix.name, matrix.split.read(value.detach())
+            elif isinstance(value, Tensor) and not local_name.endswith("._extra_state"):
+                yield expert_by_itself(rename(local_name)), value.detach()
+
+
+def write_checkpoint(chunks: list[Any], checkpoint: Checkpoint, root: Path, dtype: torch.dtype) -> None:
+    """A torch_dist checkpoint of the model alone that Megatron loads in any layout.
+
+    Args:
+        chunks: the model; its parameters become ``dtype``.
+        checkpoint: gives the arguments and the iteration that are stored.
+        root: an empty folder.
+        dtype: of the parameters; buffers keep theirs.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.training import get_args
+    from megatron.training.checkpointing import generate_state_dict
+
+    for chunk in chunks:
+        for param in chunk.parameters():
+            param.data = param.data.to(dtype)
+    metadata = sharding_metadata(checkpoint)
+    state = generate_state_dict(
+        get_args(), chunks, None, None, None, checkpoint.iteration, model_sd_kwargs={"metadata": metadata}
+    )
+    state["args"] = argparse.Namespace(**vars(checkpoint.args))
+    state["args"].no_save_optim = state["args"].no_save_rng = True
+    flops = "num_floating_point_operations_so_far"
+    state[flops] = checkpoint.common.get(flops, 0)
+    folder = iteration_folder(root, checkpoint.iteration)
+    folder.mkdir()
+    del metadata["dp_cp_group"]
+    dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+    (root / TRACKER).write_text(str(checkpoint.iteration))

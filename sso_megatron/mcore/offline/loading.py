@@ -1,0 +1,337 @@
+"""A checkpoint of any parallel layout as one whole model in this process.
+
+Megatron's own loader puts it together. Weights are read in float32. Where the run was trained in bfloat16
+with its optimizer saved, the float32 master weights are read in place of their bfloat16 copies: the
+optimizer steps on the masters, and the copies are already rounded. Without its state the model's weights
+are read as they are stored.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sso_megatron.mcore import entry
+from sso_megatron.mcore.checkpoint.compatibility import stored_contents
+from sso_megatron.mcore.checkpoint.folders import TRACKER, is_complete, iteration_folder
+from sso_megatron.mcore.compat.run_config import model_config
+from sso_megatron.mcore.flags.optimizers import OPTIMIZERS
+from sso_megatron.mcore.flags.parser import config_from, configs_from
+from sso_megatron.mcore.rehearsal import rehearsal
+from sso_megatron.optimizers.config import SpectralConfig
+
+_WITH_SPHERES = " and ".join(name for name, kind in OPTIMIZERS.items() if kind.has_spheres)
+# What says which matrices there are and how large their spheres: never taken from our defaults.
+_DECISIVE = (
+    *("optimizer", "sso_radius_mode", "sso_radius_scaler"),
+    *("spectral_qkv_split", "spectral_mlp_split", "spectral_exclude", "spectral_tp_mode"),
+)
+
+# Arguments of a run that go back to Megatron's defaults, which describe one rank and no side effects.
+# None of them changes which weights there are: nothing is computed with the model.
+_SPREAD = (
+    *("tensor_model_parallel_size", "tensor_parallel_num_weight_shards", "gtp_weight_remat_size"),
+    *("expert_tensor_parallel_num_weight_shards", "expert_gtp_weight_remat_size"),
+    *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+    *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+    *("pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers"),
+    *("decoder_last_pipeline_num_layers", "account_for_embedding_in_pipeline_split"),
+    *("account_for_loss_in_pipeline_split", "context_parallel_size", "cp_comm_type"),
+    *("hierarchical_context_parallel_sizes", "hybrid_context_parallel", "expert_model_parallel_size"),
+    *("sequence_parallel", "num_distributed_optimizer_instances", "use_distributed_optimizer"),
+    *("use_layer_wise_distributed_optimizer", "use_tp_pp_dp_mapping", "use_torch_fsdp2"),
+    *("use_megatron_fsdp", "nccl_communicator_config_path", "use_sharp", "high_priority_stream_groups"),
+)
+_COMPUTING = (
+    *("fp16", "bf16", "fp8", "fp4", "fp8_param_gather", "fp4_param_gather", "fp32_residual_connection"),
+    *("layernorm_zero_centered_gamma", "apply_layernorm_1p", "cuda_graph_impl", "enable_cuda_graph"),
+    *("external_cuda_graph", "optimizer_cuda_graph", "optimizer_cpu_offload", "cpu_offloading_num_layers"),
+    *("fine_grained_activation_offloading", "use_precision_aware_optimizer", "recompute_granularity"),
+    *("recompute_method", "recompute_num_layers", "ddp_average_in_collective"),
+    *("moe_shared_expert_overlap", "overlap_moe_expert_parallel_comm", "delay_wgrad_compute"),
+    *("tp_comm_overlap", "gradient_accumulation_fusion", "init_model_with_meta_device"),
+    *("moe_router_padding_for_fp8", "moe_router_padding_for_quantization", "fp8_output_proj"),
+    *("first_last_layers_bf16", "activation_func_fp8_input_store"),
+)
+_LOADING = (
+    *("async_save", "use_persistent_ckpt_worker", "pretrained_checkpoint", "non_persistent_ckpt_type"),
+    *("non_persistent_global_ckpt_dir", "ckpt_fully_parallel_load", "ckpt_assume_constant_structure"),
+    *("dist_ckpt_strictness", "override_ckpt_iteration", "exit_on_missing_checkpoint"),
+    *("flight_recorder_dump_path", "config_logger_dir", "lazy_mpu_init"),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A torch_dist checkpoint of a run.
+
+    Attributes:
+        folder: that of one iteration.
+        iteration: of the training.
+        args: Megatron's validated arguments of the run.
+        config: settings of its optimizer; None for one of Megatron's.
+        shared: settings that all spectral optimizers share.
+        common: what else was stored beside the tensors.
+    """
+
+    folder: Path
+    iteration: int
+    args: argparse.Namespace
+    config: Any
+    shared: SpectralConfig
+    common: dict[str, Any]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only rank and knows Megatron, whatever started it.
+
+    What Megatron and torch say is hidden: it is about training. What goes wrong is raised. At the end
+    process groups and Megatron's global state are gone, so that it can be entered again.
+    """
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            entry.enter()
+            yield
+        finally:
+            _forget_megatron()
+            logging.disable(logging.NOTSET)
+
+
+def _forget_megatron() -> None:
+    from megatron.core import mpu, num_microbatches_calculator, rerun_state_machine
+    from megatron.training import global_vars
+
+    mpu.destroy_model_parallel()
+    num_microbatches_calculator.destroy_num_microbatches_calculator()
+    rerun_state_machine.destroy_rerun_state_machine()
+    global_vars.destroy_global_vars()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def find_checkpoint(root: Path, step: int | None = None) -> Path:
+    """The folder of one iteration; reads no tensors.
+
+    Args:
+        root: what ``--save`` named.
+        step: the iteration; None for the last one.
+
+    Raises:
+        ValueError: no such checkpoint, or one that is not of the torch_dist format.
+    """
+    tracker = root / TRACKER
+    steps = sorted(int(path.name[5:]) for path in root.glob("iter_*") if path.name[5:].isdigit())
+    if step is None:
+        if not tracker.is_file():
+            choose = f"choose one of its iterations, {_listed(steps)}, with --ckpt-step"
+            way_out = choose if steps else "name what --save named"
+            raise ValueError(f"{root} must be a folder of checkpoints with {TRACKER}; {way_out}")
+        last = tracker.read_text().strip()
+        name = "release" if last == "release" else f"iter_{last:0>7}"
+    elif step in steps:
+        name = iteration_folder(root, step).name
+    else:
+        raise ValueError(f"iteration {step} must be one that {root} holds: {_listed(steps)}")
+    folder = root / name
+    if is_complete(folder):
+        return folder
+    if not folder.is_dir():
+        raise ValueError(f"{folder}, which {tracker} names, does not exist; it holds {_listed(steps)}")
+    if any(folder.glob("mp_rank_*")):
+        raise ValueError(
+            f"{folder} is of the format torch and must be torch_dist, which alone is the same for every "
+            "layout; convert it in its own layout with Megatron's --ckpt-convert-format torch_dist "
+            "--ckpt-convert-save DIR"
+        )
+    raise ValueError(
+        f"{folder} is no complete checkpoint; choose another of {_listed(steps)} with --ckpt-step"
+    )
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
+
+
+def find_checkpoints(root: Path) -> list[Path]:
+    """The folders of all iterations that are complete, or that of the last one alone; reads no tensors.
+
+    Raises:
+        ValueError: see ``find_checkpoint``.
+    """
+    last = find_checkpoint(root)
+    others = {path for path in root.glob("iter_*") if path.name[5:].isdigit() and is_complete(path)}
+    return sorted(others | {last})
+
+
+def read_checkpoint(folder: Path, *, needs_spheres: bool = True) -> Checkpoint:
+    """Arguments and settings of a checkpoint; ``mcore.enter`` must have been called. No collective.
+
+    Args:
+        folder: of one iteration.
+        needs_spheres: take only a run that held its weights on spheres, and says on which.
+
+    Raises:
+        ValueError: it holds no arguments; or, if needed, it was not trained on spheres, or on spheres that
+            depend on its layout.
+    """
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    common = load_common_state_dict(str(folder))
+    stored = common.get("args")
+    if stored is None:
+        raise ValueError(
+            f"{folder} holds no arguments of its run; it must be one that Megatron's loop saved"
+        )
+    if needs_spheres:
+        _check_spheres(folder, stored)
+    args = argparse.Namespace(**{**vars(_default_arguments()), **vars(stored)})
+    is_ours = args.optimizer in OPTIMIZERS
+    config, shared = configs_from(args) if is_ours else (None, config_from(args, "spectral"))
+    return Checkpoint(folder, int(common.get("iteration", 0)), args, config, shared, common)
+
+
+def _check_spheres(folder: Path, stored: argparse.Namespace) -> None:
+    kind = OPTIMIZERS.get(stored.optimizer)
+    if kind is None or not kind.has_spheres:
+        raise ValueError(
+            f"{folder} was trained with --optimizer {stored.optimizer}: only {_WITH_SPHERES} "
+            "hold weights on spheres, so there is nothing to retract; use it as it is"
+        )
+    missing = [name for name in _DECISIVE if not hasattr(stored, name)]
+    if missing:
+        raise ValueError(
+            f"{folder} does not say its {', '.join(missing)}: another version of sso_megatron saved it, "
+            "export it with that"
+        )
+    ranks = max(stored.tensor_model_parallel_size, stored.expert_tensor_parallel_size or 1)
+    if stored.spectral_tp_mode == "blockwise" and ranks > 1:
+        raise ValueError(
+            f"--spectral-tp-mode blockwise over {ranks} ranks in {folder}: its spheres are those of "
+            "shards, not of whole matrices; use it as it is"
+        )
+
+
+def _default_arguments() -> argparse.Namespace:
+    """What Megatron makes of an empty command line."""
+    from megatron.training import arguments
+
+    given, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        return arguments.parse_args()
+    finally:
+        sys.argv = given
+
+
+def load_model(checkpoint: Checkpoint) -> list[Any]:
+    """The checkpoint's model, whole and in float32, on this process alone.
+
+    It makes the process group of one rank that Megatron needs, in this process, with neither a port nor
+    an environment variable.
+
+    Raises:
+        ValueError: this machine cannot build such a model.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import global_vars
+    from megatron.training.initialize import initialize_megatron
+
+    args = _for_one_rank(checkpoint)
+    if rehearsal.cuda_is_missing():
+        rehearsal.adapt_arguments(args)
+    global_vars.set_args(args)
+    initialize_megatron(store=torch.distributed.HashStore())
+    config = model_config(args)
+    chunks: list[Any] = config.get_builder_cls()(config).build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    load_weights_(chunks, checkpoint)
+    return chunks
+
+
+def load_weights_(chunks: list[Any], checkpoint: Checkpoint) -> None:
+    """Put the weights of another checkpoint of the same run into ``load_model``'s model, in place."""
+    from megatron.training import get_args
+    from megatron.training.checkpointing import load_checkpoint
+
+    get_args().ckpt_step = _step(checkpoint.folder)
+    load_checkpoint(chunks, None, None)
+    for chunk in chunks:
+        _load_masters(chunk, checkpoint)
+
+
+def _for_one_rank(checkpoint: Checkpoint) -> argparse.Namespace:
+    """Arguments that describe the same model on one rank.
+
+    They were validated when the run began, and what validation derives from the layout is set here: it
+    would refuse some of its own results.
+    """
+    args, defaults = copy.copy(checkpoint.args), _default_arguments()
+    for name in (*_SPREAD, *_COMPUTING, *_LOADING):
+        if hasattr(defaults, name):  # the set of flags differs between Megatron's versions
+            setattr(args, name, getattr(defaults, name))
+    one_rank = {
+        **{"rank": 0, "local_rank": 0, "world_size": 1, "data_parallel_size": 1},
+        **{"tensor_parallel_num_weight_shards": 1, "gtp_weight_remat_size": 1},
+        **{"expert_gtp_weight_remat_size": 1, "expert_tensor_parallel_size": 1},
+        **{"transformer_pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": None},
+        "params_dtype": torch.float32,
+        "moe_token_dispatcher_type": "alltoall",  # allows every other setting of the experts
+        "perform_initialization": False,  # every weight is loaded
+        **{"load": str(checkpoint.folder.parent), "ckpt_step": _step(checkpoint.folder)},
+        **{"finetune": True, "no_load_optim": True, "no_load_rng": True, "ckpt_format": "torch_dist"},
+    }
+    for name, value in one_rank.items():
+        setattr(args, name, value)
+    if args.hybrid_layer_pattern:  # without the borders of pipeline stages
+        args.hybrid_layer_pattern = args.hybrid_layer_pattern.replace("|", "")
+    return args
+
+
+def _step(folder: Path) -> int | None:
+    number = re.fullmatch(r"iter_(\d+)", folder.name)
+    return int(number[1]) if number else None
+
+
+def sharding_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How the checkpoint names its tensors."""
+    from megatron.core import mpu
+    from megatron.core.dist_checkpointing import load_content_metadata
+
+    stored = load_content_metadata(preloaded_state_dict=checkpoint.common) or {}
+    return {**stored, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _load_masters(chunk: Any, checkpoint: Checkpoint) -> None:
+    """Put float32 master weights in the place of the rounded ones, where the checkpoint has them."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+
+    from sso_megatron.mcore.parameters.names import MASTER, STATE
+
+    prefix, stored = f"{STATE}.{MASTER}", stored_contents(checkpoint.folder)
+    weights = chunk.sharded_state_dict(metadata=sharding_metadata(checkpoint))
+    masters = {
+        name: make_sharded_optimizer_tensor(weight, weight.data, prefix=prefix)
+        for name, weight in weights.items()
+        if isinstance(weight, ShardedTensor | ShardedTensorFactory) and f"{prefix}.{weight.key}" in stored
+    }
+    if masters:
+        loaded = dist_checkpointing.load({"masters": masters}, str(checkpoint.folder))
+        unknown = chunk.load_state_dict(loaded["masters"], strict=False).unexpected_keys
+        assert not unknown, unknown

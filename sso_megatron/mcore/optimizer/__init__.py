@@ -1,0 +1,1 @@
+"""The optimizers in Megatron's factory, its training loop and its checkpoints."""

@@ -1,0 +1,101 @@
+"""Hooks where Megatron's training loop builds a model and settings for its optimizer."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from sso_megatron.mcore.compat import private_api
+from sso_megatron.mcore.flags.optimizers import OPTIMIZERS
+from sso_megatron.mcore.optimizer.registration import is_spectral, prepare_for_shards
+
+
+def install() -> None:
+    """Route parameters by our rule before DDP wraps the model, and keep muP off spectral parameters.
+
+    All of it leaves other optimizers alone.
+
+    Raises:
+        UnsupportedError: this Megatron-Core lacks one of the functions.
+    """
+    import megatron.core.optimizer as factory
+    from megatron.training import training
+    from megatron.training.models import dist_utils
+
+    private_api.wrap(training, "tag_params_for_buffer_routing", _tagged_by_us)
+    private_api.wrap(dist_utils, "_ddp_wrap", _with_shards)
+    for module in (factory, training):
+        private_api.wrap(module, "get_mup_config_overrides", _for_adamw_alone)
+
+
+def _is_sharded() -> bool:
+    from megatron.training import get_args
+
+    args = get_args()
+    return args.optimizer in OPTIMIZERS and args.use_layer_wise_distributed_optimizer
+
+
+def _tagged_by_us(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a script gives ``pretrain`` a model provider: ``training.get_model``."""
+
+    def tag_params_for_buffer_routing(model_chunks: list[Any]) -> None:
+        if not _is_sharded():
+            original(model_chunks)
+            return
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        prepare_for_shards(model_chunks, ProcessGroupCollection.use_mpu_process_groups())
+
+    return tag_params_for_buffer_routing
+
+
+def _with_shards(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a script describes its model in the configuration, as Megatron's own scripts do.
+
+    That way (0.19, ``training/models/dist_utils.py``) does not know the layer-wise optimizer: DDP would
+    all-reduce gradients, and each rank would keep a copy of all parameters outside of any buffer.
+    """
+
+    def ddp_wrap(
+        model: list[Any],
+        data_parallel_random_init: bool,
+        ddp_config: Any,
+        *args: Any,
+        pg_collection: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if _is_sharded():
+            prepare_for_shards(model, pg_collection)
+            ddp_config = dataclasses.replace(ddp_config, use_distributed_optimizer=True)
+        return original(
+            model, data_parallel_random_init, ddp_config, *args, pg_collection=pg_collection, **kwargs
+        )
+
+    return ddp_wrap
+
+
+def _for_adamw_alone(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Learning rates and epsilons of muP, for AdamW's parameters as under ``--optimizer adam``.
+
+    Spectral parameters scale with the width through their radii already. Megatron goes by the
+    optimizer's name: ``sso`` would count as neither Adam nor Muon, and ``muon_sphere`` as Muon.
+    """
+
+    def get_mup_config_overrides(config: Any, mup_width_mult: float, optimizer_type: str = "adam") -> Any:
+        if optimizer_type not in OPTIMIZERS:
+            return original(config, mup_width_mult, optimizer_type)
+        overrides = original(config, mup_width_mult, "adam")
+        return {_unless_spectral(key): override for key, override in overrides.items()}
+
+    return get_mup_config_overrides
+
+
+def _unless_spectral(key: Any) -> Any:
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+
+    # Equal names make equal keys.
+    return ParamKey(
+        with_name_predicate=ParamWithNamePredicate(
+            name=f"not_spectral: {key}",
+            fn=lambda param, name: not is_spectral(param) and key.matches(param, name),
+        )
+    )

@@ -1,0 +1,251 @@
+"""Our optimizers in Megatron's optimizer factory."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sso_megatron.matrices.layout import ParameterLayout
+from sso_megatron.mcore.compat import private_api, versions
+from sso_megatron.mcore.errors import UnsupportedError
+from sso_megatron.mcore.flags.optimizers import OPTIMIZERS, Kind
+from sso_megatron.mcore.optimizer.buffer_layout import ShardLayout, step_costs
+from sso_megatron.mcore.parameters.initialization import initialize_by_name
+from sso_megatron.mcore.parameters.layouts import LayoutTable, ModelParameter, layout_of, model_parameters
+from sso_megatron.optimizers.base import SpectralOptimizer
+from sso_megatron.optimizers.config import SpectralClipConfig, SpectralConfig, SSOConfig
+
+# The tag by which prepare_model, which sees global names, tells the routing rule what to take.
+_SPECTRAL = "_is_spectral"
+
+
+def register(config: Any = None, shared: SpectralConfig | None = None) -> None:
+    """Enter our optimizers into Megatron's optimizer factory.
+
+    Call it once before the optimizer is built; a later call replaces the settings. The sharded optimizer
+    also needs ``prepare_for_shards`` before DDP wraps the model; Megatron's training loop calls it by
+    ``model_building.install``.
+
+    Args:
+        config: settings of the optimizer that will be built: an ``SSOConfig``, ``SpectraConfig``,
+            ``SpectralClipConfig`` or ``SpectralAdamConfig``; None for the defaults, which spectral
+            clipping has none of.
+        shared: settings that all spectral optimizers share.
+
+    Raises:
+        UnsupportedError: megatron-core or emerging-optimizers is missing or of an untested version.
+    """
+    versions.check_versions()
+    import megatron.core.optimizer as factory
+
+    shared = shared or SpectralConfig()
+    for name, kind in OPTIMIZERS.items():
+        private_api.registry()[name] = private_api.registry_entry(
+            kind.optimizer_cls,
+            init_state_fn=lambda optimizer, config=None: optimizer.init_state(),
+            config_to_kwargs=_config_to_kwargs(name, config, shared),
+            overrides=_overrides(),
+        )
+    _current.config, _current.shared = config, shared
+    private_api.wrap(factory, "_get_megatron_emerging_optimizer", _by_our_factory)
+    # Megatron's loop has the first compute layouts, its model builders and DDP itself the second.
+    for optimizer_cls in (
+        factory.layer_wise_optimizer.LayerWiseDistributedOptimizer,
+        factory.distrib_optimizer.DistributedOptimizer,
+    ):
+        private_api.wrap(optimizer_cls, "_compute_per_buffer_param_layout", _in_shards)
+
+
+@dataclass
+class _Current:
+    """The settings of the last ``register``, and what ``prepare_model`` found for the factory."""
+
+    config: Any = None
+    shared: SpectralConfig | None = None
+    find_layout: LayoutTable | None = None
+    shard_layout: ShardLayout | None = None
+
+
+_current = _Current()
+
+
+def is_registered() -> bool:
+    """Whether ``register`` was called."""
+    return _current.shared is not None
+
+
+def is_spectral(param: Tensor) -> bool:
+    """Whether ``prepare_model`` gave the parameter to the spectral optimizer."""
+    return getattr(param, _SPECTRAL, False)
+
+
+def _overrides() -> dict[Any, dict[str, Any]]:
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+
+    spectral = ParamKey(predicate=ParamPredicate(name="spectral", fn=is_spectral))
+    other = ParamKey(predicate=ParamPredicate(name="not_spectral", fn=lambda p: not is_spectral(p)))
+    # The matrices' own weight decay is a setting of ours; Megatron's would only show in its logs.
+    return {spectral: {"wd_mult": 0.0}, other: {"optimizer": "adam"}}
+
+
+def _config_to_kwargs(name: str, config: Any, shared: SpectralConfig) -> Callable[..., dict[str, Any]]:
+    def build(megatron_config: Any, model_chunks: Any, pg_collection: Any) -> dict[str, Any]:
+        return {
+            "lr": megatron_config.lr,
+            "config": _checked(name, OPTIMIZERS[name], config),
+            "shared": shared,
+            "find_layout": _current.find_layout,
+        }
+
+    return build
+
+
+def _checked(name: str, kind: Kind, config: Any) -> Any:
+    """The configuration to build ``name`` with."""
+    if config is None and not kind.fixed:
+        return kind.config_cls()
+    wanted = ", ".join(f"{key}={value!r}" for key, value in kind.fixed.items())
+    fits = isinstance(config, kind.config_cls)
+    if not fits or any(getattr(config, key) != value for key, value in kind.fixed.items()):
+        raise ValueError(
+            f"optimizer={name!r} was registered with {type(config).__name__}; give register() "
+            f"{kind.config_cls.__name__}({wanted})"
+        )
+    return config
+
+
+def _by_our_factory(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_megatron_emerging_optimizer(
+        config: Any,
+        model_chunks: list[Any],
+        config_overrides: Any = None,
+        pg_collection: Any = None,
+    ) -> Any:
+        shared = _current.shared
+        if config.optimizer not in OPTIMIZERS or shared is None:
+            return original(config, model_chunks, config_overrides, pg_collection)
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        if config.use_layer_wise_distributed_optimizer:
+            from sso_megatron.mcore.optimizer import layer_wise
+
+            return layer_wise.build(config, model_chunks, config_overrides, groups)
+        _current.find_layout = LayoutTable(prepare_model(model_chunks, _current.config, shared, groups))
+        chain = original(config, model_chunks, config_overrides, pg_collection)
+        from sso_megatron.mcore.optimizer.chain import SpectralChain
+
+        return SpectralChain(chain.chained_optimizers)
+
+    return get_megatron_emerging_optimizer
+
+
+def _in_shards(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_per_buffer_param_layout(params: list[Any], *args: Any, **kwargs: Any) -> Any:
+        is_ours = params and is_spectral(params[0]) and getattr(params[0], private_api.SHARDED_WHOLE, False)
+        if not is_ours or _current.shard_layout is None:
+            return original(params, *args, **kwargs)
+        return _current.shard_layout.per_buffer(params, *args, **kwargs)
+
+    return compute_per_buffer_param_layout
+
+
+def prepare_for_shards(model_chunks: Sequence[Any], pg_collection: Any) -> None:
+    """``prepare_model`` for the sharded optimizer, before DDP makes the buffers that it shards.
+
+    Megatron routes parameters to buffers by a rule of its own (2-D and no embedding or output layer),
+    without names and exclusions, which the sharded optimizer would then not find in its shards.
+
+    Collectives: those of ``prepare_model`` and ``step_costs``.
+
+    Args:
+        model_chunks: this rank's part of the model, not wrapped in DDP yet.
+        pg_collection: Megatron's process groups.
+
+    Raises:
+        ValueError: see ``prepare_model``.
+    """
+    if _current.shared is None:
+        raise UnsupportedError("no spectral optimizer is registered; call register() first")
+    layouts = prepare_model(model_chunks, _current.config, _current.shared, pg_collection)
+    for chunk in model_chunks:
+        for param in chunk.parameters():
+            setattr(param, private_api.SHARDED_WHOLE, is_spectral(param))
+    _current.find_layout = LayoutTable(layouts)
+    _current.shard_layout = ShardLayout(step_costs(layouts))
+
+
+def spectral_parts(optimizer: Any) -> list[SpectralOptimizer]:
+    """The spectral optimizers inside what Megatron built, in the same order on every rank."""
+    if hasattr(optimizer, "chained_optimizers"):
+        return [found for part in optimizer.chained_optimizers for found in spectral_parts(part)]
+    inner = getattr(optimizer, "optimizer", None)
+    return [inner] if isinstance(inner, SpectralOptimizer) else []
+
+
+def prepare_model(
+    model_chunks: Sequence[Any], config: Any, shared: SpectralConfig, pg_collection: Any
+) -> list[tuple[Tensor, ParameterLayout]]:
+    """Route every parameter, find the logical matrices, and draw the weights if asked to.
+
+    Collectives: one gather of objects over the world, for the exclusion patterns.
+
+    Args:
+        model_chunks: this rank's part of the model.
+        config: settings of the optimizer: spectral clipping takes vectors and vocabularies, too; an
+            ``SSOConfig`` has the radius of the initialisation.
+        shared: granularity, exclusions and initialisation.
+        pg_collection: Megatron's process groups.
+
+    Returns:
+        The parameters of the spectral optimizer with their layouts.
+
+    Raises:
+        ValueError: a pattern that matches nothing, or a matrix that no rule covers.
+    """
+    parameters = list(model_parameters(model_chunks, pg_collection))
+    candidates = eligible(parameters, config)
+    excluded = _excluded_names(candidates, shared.exclude)
+    spectral = [p for p in candidates if p.name not in excluded]
+    layouts = [(p.param, layout_of(p, shared)) for p in spectral]
+    for p in parameters:
+        setattr(p.param, _SPECTRAL, False)
+    for p in spectral:
+        setattr(p.param, _SPECTRAL, True)
+    if shared.mup_init:
+        initialize_by_name(parameters, spectral, config or SSOConfig(), shared)
+    return layouts
+
+
+def eligible(parameters: Iterable[ModelParameter], config: Any) -> list[ModelParameter]:
+    """What a spectral optimizer takes unless a pattern excludes it; ``config`` is its settings."""
+    takes_all = isinstance(config, SpectralClipConfig)
+    return [p for p in parameters if p.is_matrix or (takes_all and p.has_simple_shape)]
+
+
+def _excluded_names(matrices: list[ModelParameter], patterns: tuple[str, ...]) -> set[str]:
+    """Names that a pattern is found in; a pattern that no rank has a match for is an error."""
+    hits = {pattern: {p.name for p in matrices if re.search(pattern, p.name)} for pattern in patterns}
+    if not patterns:
+        return set()
+    # A pattern may match on another pipeline stage or expert-parallel rank alone.
+    matched = {pattern for pattern, names in hits.items() if names}
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, matched)
+    refuse_unused(patterns, set().union(*everywhere), [p.name for p in matrices])
+    return set().union(*hits.values())
+
+
+def refuse_unused(patterns: Iterable[str], matched: set[str], names: Iterable[str]) -> None:
+    """Raise ValueError, with the names of some matrices, if a pattern is not in ``matched``."""
+    unused = [pattern for pattern in patterns if pattern not in matched]
+    if unused:
+        known = list(names)
+        more = f" and {len(known) - 3} more" if len(known) > 3 else ""
+        raise ValueError(
+            f"--spectral-exclude {' '.join(map(repr, unused))} matches no matrix of the model; names are "
+            f"such as {', '.join(known[:3])}{more}"
+        )

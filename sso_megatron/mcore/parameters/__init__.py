@@ -1,0 +1,1 @@
+"""A Megatron model's parameters: global names, logical matrices, initial weights."""

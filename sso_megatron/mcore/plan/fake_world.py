@@ -1,0 +1,122 @@
+"""One process in the place of any rank of a run: groups without partners, tensors without memory.
+
+Megatron's own functions build the model and the optimizer that the rank would have, on torch's meta
+device and over torch's fake process groups.
+"""
+
+import contextlib
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from sso_megatron.mcore.compat import private_api
+
+_FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
+
+
+class OnMeta(TorchFunctionMode):
+    """Makes every tensor on the meta device, whatever device is asked for; not those of given values."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs) if kwargs else {}
+        if func in _FACTORIES:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def as_rank(
+    args: Namespace, rank: int, get_embedding_ranks: Callable[[list[int]], list[int]]
+) -> Iterator[Any]:
+    """Be a rank of the run that ``args`` describe; leaves no process group behind.
+
+    Collectives move nothing. Of gathered objects every rank is taken to say the same.
+
+    Args:
+        args: Megatron's, validated; ``rank`` in it is changed.
+        rank: of ``args.world_size``.
+        get_embedding_ranks: the script's answer to Megatron: ranks of a pipeline with word embeddings.
+
+    Yields:
+        Megatron's process groups.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.training import initialize
+
+    args.rank, args.fake_process_group = rank, True
+    args.use_gloo_process_groups = False  # Gloo has no fake
+    private_api.existing(initialize, "_initialize_distributed")(get_embedding_ranks, None, None)
+    gather = dist.all_gather_object
+    dist.all_gather_object = _all_say_the_same  # type: ignore[assignment]
+    try:
+        model_parallel_cuda_manual_seed(args.seed)
+        with OnMeta():
+            yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        dist.all_gather_object = gather
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _all_say_the_same(gathered: list[Any], value: Any, group: Any = None) -> None:
+    gathered[:] = [value] * len(gathered)
+
+
+class Place(NamedTuple):
+    """Where a rank stands in each group.
+
+    Attributes:
+        stage: of the pipeline.
+        tensor: in its tensor-parallel group.
+        data: in its data-parallel group, context parallelism included.
+        expert_tensor: in the tensor-parallel group of the experts.
+        expert_data: in the data-parallel group of the experts.
+        expert: in its expert-parallel group.
+    """
+
+    stage: int
+    tensor: int
+    data: int
+    expert_tensor: int
+    expert_data: int
+    expert: int
+
+
+def places(args: Namespace) -> list[Place]:
+    """Every rank's place, in the order of the ranks, from Megatron's own order of groups."""
+    from megatron.core.parallel_state import RankGenerator
+
+    order = "tp-cp-ep-dp-pp" if not args.use_tp_pp_dp_mapping else "tp-cp-ep-pp-dp"
+    stages, cp = args.pipeline_model_parallel_size, args.context_parallel_size
+    dense = args.tensor_model_parallel_size, 1
+    experts = (
+        args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
+        args.expert_model_parallel_size,
+    )
+
+    def found(token: str, sizes: tuple[int, int], cp: int) -> list[int]:
+        tp, ep = sizes
+        replicas = args.world_size // (tp * ep * cp * stages)
+        generator = RankGenerator(tp=tp, ep=ep, dp=replicas, pp=stages, cp=cp, order=order)
+        place = dict.fromkeys(range(args.world_size), 0)
+        for group in generator.get_ranks(token):
+            place |= {rank: i for i, rank in enumerate(group)}
+        return list(place.values())
+
+    columns = (
+        found("pp", dense, cp),
+        found("tp", dense, cp),
+        found("dp-cp", dense, cp),
+        found("tp", experts, 1),
+        found("dp", experts, 1),
+        found("ep", experts, 1),
+    )
+    return [Place(*column) for column in zip(*columns, strict=True)]

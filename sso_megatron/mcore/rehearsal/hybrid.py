@@ -1,0 +1,94 @@
+"""Megatron's HybridModel on the CPU: its layers of attention, MLPs and experts from local modules.
+
+The specification that Megatron ships is made of TransformerEngine's modules; here it is refilled
+with those of the local GPT specification, in place, so that every script that uses it gets them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+from sso_megatron.mcore.compat import versions
+
+
+def accept_hybrid_model(pattern: str, qk_layernorm: bool) -> None:
+    """Lets ``HybridModel`` be built without TransformerEngine.
+
+    Args:
+        pattern: one symbol a layer, from ``--hybrid-layer-pattern``.
+        qk_layernorm: whether latent attention normalises what it has compressed. Other attention
+            of a hybrid model never does.
+
+    Raises:
+        ValueError: If the pattern has a layer that only a GPU can run.
+    """
+    from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
+    found = gpu_layer(pattern)
+    if found is not None:
+        symbol, name = found
+        raise ValueError(
+            f"--hybrid-layer-pattern {pattern} cannot be rehearsed on the CPU: {symbol} is a {name} "
+            "layer, which needs kernels for GPUs. Either rehearse with another layer in its place "
+            f"({Symbols.ATTENTION} attention, {Symbols.MLP} MLP, {Symbols.MOE} experts), or run on a "
+            "machine with a CUDA device."
+        )
+    _refill(qk_layernorm)
+
+
+def gpu_layer(pattern: str) -> tuple[str, str] | None:
+    """Symbol and name of a layer in ``--hybrid-layer-pattern`` that needs kernels for GPUs, if any."""
+    from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
+    needing = (
+        (Symbols.MAMBA, "Mamba"),
+        (Symbols.GDN, "gated delta net"),
+        (Symbols.DS_ATTENTION, "sparse attention"),
+    )
+    return next((found for found in needing if found[0] in pattern), None)
+
+
+@functools.cache
+def _refill(qk_layernorm: bool) -> None:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+    from megatron.core.models.hybrid import hybrid_block
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    # This norm follows the model's configuration, whatever the specification was asked for.
+    gpt = functools.partial(get_gpt_layer_local_submodules, normalization="RMSNorm")
+    layers = hybrid_stack_spec.submodules
+    layers.attention_layer.submodules = _attention_of(gpt())
+    latent = gpt(multi_latent_attention=True, qk_layernorm=qk_layernorm)
+    if not versions.is_0_18():  # which has no such layers
+        layers.mla_layer.submodules = _attention_of(latent)
+    layers.mlp_layer.submodules = _mlp_of(gpt())
+    # Grouped without being asked, as with TransformerEngine; the number only says "experts".
+    layers.moe_layer.submodules = _mlp_of(gpt(num_experts=1, moe_grouped_gemm=True))
+    for layer in layers.mtp_block_spec.submodules.layer_specs:
+        layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = WrappedTorchNorm
+        layer.submodules.eh_proj = ColumnParallelLinear
+    hybrid_block.TENorm = WrappedTorchNorm  # the last norm is not in the specification
+
+
+def _attention_of(layer: Any) -> Any:
+    """A transformer layer's first half."""
+    from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+
+    half = copy.copy(layer)
+    half.pre_mlp_layernorm = half.mlp = IdentityOp
+    half.mlp_bda = IdentityFuncOp
+    return half
+
+
+def _mlp_of(layer: Any) -> Any:
+    """A transformer layer's second half."""
+    from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+
+    half = copy.copy(layer)
+    half.input_layernorm = half.self_attention = IdentityOp
+    half.self_attn_bda = IdentityFuncOp
+    return half
