@@ -81,6 +81,21 @@ def without_a_private_name() -> None:
     del factory._get_megatron_emerging_optimizer
 
 
+def missing_private_names() -> None:
+    """Save the private names that this version of Megatron lacks, though the plugin uses them in it."""
+    from sso_megatron.mcore.compat import private_api, versions
+    from sso_megatron.mcore.errors import UnsupportedError
+
+    missing = []
+    for path, private in private_api.PRIVATE_NAMES.items():
+        if private.only is None or str(versions.megatron_version()).startswith(f"{private.only}."):
+            try:
+                private_api.existing(path)
+            except (UnsupportedError, ImportError) as error:
+                missing.append((path, str(error)))
+    save("missing", missing)
+
+
 def with_adapter() -> None:
     """Give the model a matrix of a kind that nobody knows."""
     from megatron.core.models.gpt import GPTModel

@@ -1,9 +1,11 @@
 """Other versions of Megatron-Core, from wheels that ``make wheels`` fetches: the same runs, by value."""
 
+import ast
 import json
 import re
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from conftest import MOE, Megatron, Run, assert_same_run, tiny, unpacked, zygote
@@ -11,6 +13,7 @@ from conftest import MOE, Megatron, Run, assert_same_run, tiny, unpacked, zygote
 from sso_megatron.mcore.compat import versions
 from sso_megatron.mcore.errors import UnsupportedError
 
+PACKAGE = Path(__file__).parent.parent / "sso_megatron"
 OTHERS = [v for v in versions.MEGATRON.tested if v != version("megatron-core")]
 WATCH = ("probes:weights",)
 BASE = ["--spectral-mup-init", "--train-iters", "4", "--clip-grad", "0.5"]
@@ -86,6 +89,42 @@ def test_experts_with_a_tensor_parallelism_of_their_own(other: Megatron) -> None
     assert run.codes == [2, 2]
     said = "--expert-tensor-parallel-size 1 with --tensor-model-parallel-size 2: megatron-core 0.18"
     assert run.log.count(f"sso_megatron: error: {said}") == 1
+
+
+def test_every_private_name_is_there(other: Megatron) -> None:
+    (missing,) = other.run([], main="probes:missing_private_names").saved("missing")
+    assert missing == []
+
+
+def test_every_private_name_is_in_the_installed_version(megatron: Megatron) -> None:
+    (missing,) = megatron.run([], main="probes:missing_private_names").saved("missing")
+    assert missing == []
+
+
+def private_uses(module: Path) -> list[str]:
+    """What a module takes from Megatron that begins with an underscore, and what it puts there."""
+    tree, imported, found = ast.parse(module.read_text(encoding="utf-8")), set(), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("megatron"):
+            imported |= {alias.asname or alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            imported |= {alias.asname for alias in node.names if alias.name.startswith("megatron")}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute):
+            continue
+        root: ast.expr = node
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        is_private = node.attr.startswith("_") and not node.attr.endswith("__")
+        is_taken = is_private or isinstance(node.ctx, ast.Store)
+        if is_taken and isinstance(root, ast.Name) and root.id in imported:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_private_names_are_used_through_their_table() -> None:
+    modules = [module for room in ("mcore", "cli") for module in (PACKAGE / room).rglob("*.py")]
+    assert {str(m.relative_to(PACKAGE)): uses for m in modules if (uses := private_uses(m))} == {}
 
 
 def test_an_untested_version_is_told_and_tried(capsys: pytest.CaptureFixture[str]) -> None:

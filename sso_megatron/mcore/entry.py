@@ -77,7 +77,6 @@ def _hook_arguments(for_ours: Callable[[], None] = lambda: None) -> None:
     Args:
         for_ours: run, too, where the command line asks for one of our optimizers.
     """
-    from megatron.training import arguments
 
     def with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda parser: add_arguments(original(parser))
@@ -94,8 +93,8 @@ def _hook_arguments(for_ours: Callable[[], None] = lambda: None) -> None:
 
         return validate_args
 
-    private_api.wrap(arguments, "add_megatron_arguments", with_flags)
-    private_api.wrap(arguments, "validate_args", with_checks)
+    private_api.wrap("megatron.training.arguments:add_megatron_arguments", with_flags)
+    private_api.wrap("megatron.training.arguments:validate_args", with_checks)
 
 
 def _check_and_register(args: argparse.Namespace) -> None:

@@ -30,10 +30,8 @@ loaded; of another vocabulary it loads what overlaps."""
 
 def stored_contents(folder: Path) -> Mapping[str, Any]:
     """The entries of a torch_dist checkpoint by key; a tensor's entry has its global shape as ``size``."""
-    from megatron.core.dist_checkpointing.strategies import torch as strategies
-
-    reader = private_api.existing(strategies, "_get_filesystem_reader")(folder)
-    contents: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+    read = private_api.existing("megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader")
+    contents: Mapping[str, Any] = read(folder).read_metadata().state_dict_metadata
     return contents
 
 
@@ -72,7 +70,7 @@ def _kind(name: str) -> Any:
 def drop_missing_optional(tree: Any, stored: Collection[str]) -> None:
     """Take out of a sharded state dict, in place, what may be missing and is missing.
 
-    That is every object whose key begins with ``compat.OPTIONAL_STATE``; the optimizer finds it again.
+    That is every object whose key begins with ``OPTIONAL_STATE``; the optimizer finds it again.
 
     Args:
         tree: nested dictionaries and lists.

@@ -49,16 +49,19 @@ def install() -> None:
     Raises:
         UnsupportedError: this Megatron-Core lacks one of the functions.
     """
-    from megatron.core.dist_checkpointing import serialization
-    from megatron.training import checkpointing, training
-
-    private_api.wrap(checkpointing, "load_checkpoint", _all_or_none)
-    training.load_checkpoint = checkpointing.load_checkpoint  # it has a name of its own for it
-    private_api.wrap(checkpointing, "checkpoint_exists", _once_mended)
-    private_api.wrap(checkpointing, "_load_base_checkpoint", _from_mended_folder)
-    private_api.wrap(checkpointing, "_get_checkpoint_format", _if_its_files_are_sound)
-    private_api.wrap(checkpointing, "_load_global_dist_base_checkpoint", _if_it_fits)
-    private_api.wrap(serialization, "verify_integrity_manifest", _unless_verified)
+    for name, wrapper in (
+        ("load_checkpoint", _all_or_none),
+        ("checkpoint_exists", _once_mended),
+        ("_load_base_checkpoint", _from_mended_folder),
+        ("_get_checkpoint_format", _if_its_files_are_sound),
+        ("_load_global_dist_base_checkpoint", _if_it_fits),
+    ):
+        private_api.wrap(f"megatron.training.checkpointing:{name}", wrapper)
+    # The training loop has a name of its own for it.
+    load_checkpoint = private_api.existing("megatron.training.checkpointing:load_checkpoint")
+    private_api.replace("megatron.training.training:load_checkpoint", load_checkpoint)
+    verify = "megatron.core.dist_checkpointing.serialization:verify_integrity_manifest"
+    private_api.wrap(verify, _unless_verified)
 
 
 def _all_or_none(original: Callable[..., Any]) -> Callable[..., Any]:

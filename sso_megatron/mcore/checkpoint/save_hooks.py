@@ -20,11 +20,9 @@ def install() -> None:
     Raises:
         UnsupportedError: this Megatron-Core lacks one of the functions.
     """
-    from megatron.core import dist_checkpointing
-
-    private_api.wrap(dist_checkpointing, "save", _into_partial_folder)
+    private_api.wrap("megatron.core.dist_checkpointing:save", _into_partial_folder)
     # A function that other files are opened with, too; only the tracker is treated in another way.
-    private_api.wrap(*private_api.tracker_opener(), _with_tracker_replaced)
+    private_api.wrap(private_api.tracker_opener(), _with_tracker_replaced)
 
 
 def uses_object_store() -> bool:

@@ -70,9 +70,7 @@ def _model_provider(name: str, container: Any) -> dict[str, Any]:
     """The argument that 0.18 needs, by its name; the configuration itself, which ``get_model`` knows."""
     if not versions.is_0_18():
         return {}
-    from megatron.training import training
-
-    private_api.wrap(training, "get_model", _by_configuration)
+    private_api.wrap("megatron.training.training:get_model", _by_configuration)
     return {name: container}
 
 

@@ -40,25 +40,23 @@ UNHEALTHY = 3
 
 def install() -> None:
     """Hook into Megatron's ``pretrain``, which then keeps records if the command line asks for any."""
-    from megatron.training import training
-
     # A script takes pretrain from either module. The package may not be imported to its end: see plug_in.
-    private_api.wrap(training, "pretrain", _with_records)
+    private_api.wrap("megatron.training.training:pretrain", _with_records)
     package: Any = sys.modules["megatron.training"]
-    package.pretrain = training.pretrain
+    package.pretrain = private_api.existing("megatron.training.training:pretrain")
 
 
 def _with_records(original: Callable[..., Any]) -> Callable[..., Any]:
     def pretrain(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args, training
+        from megatron.training import get_args
 
         options = get_args()
         if not (options.spectral_run_dir or options.log_spectral_metrics):
             return original(*args, **kwargs)
         recorder = Recorder(options)
-        private_api.wrap(training, "train_step", recorder.around_train_step)
+        private_api.wrap("megatron.training.training:train_step", recorder.around_train_step)
         for name in _HOOKED:
-            private_api.wrap(training, name, getattr(recorder, f"around_{name}"))
+            private_api.wrap(f"megatron.training.training:{name}", getattr(recorder, f"around_{name}"))
         try:
             result = original(*args, **kwargs)
         except SystemExit as stop:  # how --exit-interval and its like end Megatron's loop

@@ -17,14 +17,10 @@ def install() -> None:
     Raises:
         UnsupportedError: this Megatron-Core lacks one of the functions.
     """
-    import megatron.core.optimizer as factory
-    from megatron.training import training
-    from megatron.training.models import dist_utils
-
-    private_api.wrap(training, "tag_params_for_buffer_routing", _tagged_by_us)
-    private_api.wrap(dist_utils, "_ddp_wrap", _with_shards)
-    for module in (factory, training):
-        private_api.wrap(module, "get_mup_config_overrides", _for_adamw_alone)
+    private_api.wrap("megatron.training.training:tag_params_for_buffer_routing", _tagged_by_us)
+    private_api.wrap("megatron.training.models.dist_utils:_ddp_wrap", _with_shards)
+    for module in ("megatron.core.optimizer", "megatron.training.training"):
+        private_api.wrap(f"{module}:get_mup_config_overrides", _for_adamw_alone)
 
 
 def _is_sharded() -> bool:

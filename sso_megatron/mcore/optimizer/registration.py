@@ -39,8 +39,6 @@ def register(config: Any = None, shared: SpectralConfig | None = None) -> None:
         UnsupportedError: megatron-core or emerging-optimizers is missing or of an untested version.
     """
     versions.check_versions()
-    import megatron.core.optimizer as factory
-
     shared = shared or SpectralConfig()
     for name, kind in OPTIMIZERS.items():
         private_api.registry()[name] = private_api.registry_entry(
@@ -50,13 +48,14 @@ def register(config: Any = None, shared: SpectralConfig | None = None) -> None:
             overrides=_overrides(),
         )
     _current.config, _current.shared = config, shared
-    private_api.wrap(factory, "_get_megatron_emerging_optimizer", _by_our_factory)
+    private_api.wrap("megatron.core.optimizer:_get_megatron_emerging_optimizer", _by_our_factory)
     # Megatron's loop has the first compute layouts, its model builders and DDP itself the second.
     for optimizer_cls in (
-        factory.layer_wise_optimizer.LayerWiseDistributedOptimizer,
-        factory.distrib_optimizer.DistributedOptimizer,
+        "layer_wise_optimizer:LayerWiseDistributedOptimizer",
+        "distrib_optimizer:DistributedOptimizer",
     ):
-        private_api.wrap(optimizer_cls, "_compute_per_buffer_param_layout", _in_shards)
+        path = f"megatron.core.optimizer.{optimizer_cls}._compute_per_buffer_param_layout"
+        private_api.wrap(path, _in_shards)
 
 
 @dataclass

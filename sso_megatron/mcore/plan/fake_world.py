@@ -49,11 +49,11 @@ def as_rank(
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.training import initialize
 
     args.rank, args.fake_process_group = rank, True
     args.use_gloo_process_groups = False  # Gloo has no fake
-    private_api.existing(initialize, "_initialize_distributed")(get_embedding_ranks, None, None)
+    initialize = private_api.existing("megatron.training.initialize:_initialize_distributed")
+    initialize(get_embedding_ranks, None, None)
     gather = dist.all_gather_object
     dist.all_gather_object = _all_say_the_same  # type: ignore[assignment]
     try:

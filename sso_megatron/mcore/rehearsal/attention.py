@@ -13,6 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sso_megatron.mcore.compat import private_api
+
+_ATTENTION = "megatron.core.transformer.dot_product_attention:DotProductAttention"
+_LATENT_ATTENTION = "megatron.core.transformer.multi_latent_attention"
+
 
 @functools.cache
 def accept_latent_attention() -> None:
@@ -24,10 +29,8 @@ def accept_latent_attention() -> None:
     - Whole down-projections on every tensor-parallel rank. The local specification cuts them, and
       the gradient of the key's rotary part, which all heads share, then lacks the other ranks' heads.
     """
-    from megatron.core.transformer import multi_latent_attention as mla
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-    construct, construct_mla = DotProductAttention.__init__, mla.MLASelfAttention.__init__
+    latent = f"{_LATENT_ATTENTION}:MLASelfAttention.__init__"
+    construct, construct_mla = private_api.existing(f"{_ATTENTION}.__init__"), private_api.existing(latent)
 
     def construct_with_widths(
         self: Any,
@@ -45,9 +48,10 @@ def accept_latent_attention() -> None:
         whole.linear_q_down_proj = whole.linear_kv_down_proj = DuplicatedLinear
         construct_mla(self, config, whole, *args, **kwargs)
 
-    DotProductAttention.__init__ = construct_with_widths
-    mla.MLASelfAttention.__init__ = construct_duplicated
-    mla.TELinear = DuplicatedLinear  # by this name it knows that a layer is duplicated
+    private_api.replace(f"{_ATTENTION}.__init__", construct_with_widths)
+    private_api.replace(latent, construct_duplicated)
+    # By this name it knows that a layer is duplicated.
+    private_api.replace(f"{_LATENT_ATTENTION}:TELinear", DuplicatedLinear)
 
 
 class DuplicatedLinear(torch.nn.Module):
@@ -87,9 +91,7 @@ def accept_context_parallelism() -> None:
     Every rank then holds the whole sequence of keys in its true order, and needs the mask's rows
     of its own queries. The memory that context parallelism saves on a GPU is not saved here.
     """
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-    construct, attend = DotProductAttention.__init__, DotProductAttention.forward
+    construct, attend = (private_api.existing(f"{_ATTENTION}.{name}") for name in ("__init__", "forward"))
 
     def construct_any(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         alone = copy.copy(config)  # the constructor asserts that there is no context parallelism
@@ -116,8 +118,8 @@ def accept_context_parallelism() -> None:
         out: Tensor = attend(self, query, key, value, attention_mask, *args, **kwargs)
         return out
 
-    DotProductAttention.__init__ = construct_any
-    DotProductAttention.forward = attend_whole
+    private_api.replace(f"{_ATTENTION}.__init__", construct_any)
+    private_api.replace(f"{_ATTENTION}.forward", attend_whole)
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:

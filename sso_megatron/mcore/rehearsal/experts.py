@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sso_megatron.mcore.compat import private_api
+
 
 class _GroupedLinear(torch.nn.Module):
     """A linear layer for each expert of this rank.
@@ -190,10 +192,10 @@ def accept_grouped_experts() -> None:
 
     It would silently build experts one by one, under other parameter names.
     """
-    from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 
-    build = LocalSpecProvider.grouped_mlp_modules
+    path = "megatron.core.models.backends:LocalSpecProvider.grouped_mlp_modules"
+    build = private_api.existing(path)
 
     def choose(self: Any, moe_use_grouped_gemm: bool) -> Any:
         if not moe_use_grouped_gemm:
@@ -201,4 +203,4 @@ def accept_grouped_experts() -> None:
         layers = GroupedMLPSubmodules(linear_fc1=ColumnGroupedLinear, linear_fc2=RowGroupedLinear)
         return functools.partial(TEGroupedMLP, submodules=layers)
 
-    LocalSpecProvider.grouped_mlp_modules = choose
+    private_api.replace(path, choose)

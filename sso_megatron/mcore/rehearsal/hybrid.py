@@ -10,7 +10,7 @@ import copy
 import functools
 from typing import Any
 
-from sso_megatron.mcore.compat import versions
+from sso_megatron.mcore.compat import private_api, versions
 
 
 def accept_hybrid_model(pattern: str, qk_layernorm: bool) -> None:
@@ -53,7 +53,6 @@ def gpu_layer(pattern: str) -> tuple[str, str] | None:
 @functools.cache
 def _refill(qk_layernorm: bool) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
-    from megatron.core.models.hybrid import hybrid_block
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -71,7 +70,8 @@ def _refill(qk_layernorm: bool) -> None:
     for layer in layers.mtp_block_spec.submodules.layer_specs:
         layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = WrappedTorchNorm
         layer.submodules.eh_proj = ColumnParallelLinear
-    hybrid_block.TENorm = WrappedTorchNorm  # the last norm is not in the specification
+    # The last norm is not in the specification.
+    private_api.replace("megatron.core.models.hybrid.hybrid_block:TENorm", WrappedTorchNorm)
 
 
 def _attention_of(layer: Any) -> Any:

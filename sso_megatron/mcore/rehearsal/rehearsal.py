@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sso_megatron.mcore.compat import private_api
 from sso_megatron.mcore.rehearsal import attention as cpu_attention
 from sso_megatron.mcore.rehearsal import experts as cpu_experts
 from sso_megatron.mcore.rehearsal import hybrid as cpu_hybrid
@@ -263,9 +264,7 @@ def _skip_warmup() -> None:
     generator; here they would come from the one that draws the weights, and the initial weights
     would depend on the TP size.
     """
-    from megatron.training import initialize
-
-    initialize._warmup_jit_function = lambda tp_size=None: None
+    private_api.replace("megatron.training.initialize:_warmup_jit_function", lambda tp_size=None: None)
 
 
 @functools.cache
@@ -275,9 +274,8 @@ def _accept_sequence_parallel() -> None:
     It refuses sequence parallelism, which MoE under TP demands. The mathematics is the same: a
     norm acts on single tokens, and Megatron sums the gradient of a parameter that is marked.
     """
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    build = WrappedTorchNorm.__new__
+    path = "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__"
+    build = private_api.existing(path)
 
     def build_marked(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         if not config.sequence_parallel:
@@ -289,7 +287,7 @@ def _accept_sequence_parallel() -> None:
             parameter.sequence_parallel = True
         return norm
 
-    WrappedTorchNorm.__new__ = build_marked
+    private_api.replace(path, build_marked)
 
 
 def skip_helper_compilation() -> None:
@@ -303,9 +301,7 @@ def skip_helper_compilation() -> None:
         import megatron.core.datasets.helpers_cpp  # noqa: F401
     except ImportError:
         return  # make has to run, and prints its own error
-    from megatron.core.datasets import utils
-
-    utils.compile_helpers = _helpers_are_compiled
+    private_api.replace("megatron.core.datasets.utils:compile_helpers", _helpers_are_compiled)
 
 
 def _helpers_are_compiled() -> None:
