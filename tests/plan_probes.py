@@ -120,11 +120,11 @@ def _matrices(optimizer: Any) -> dict[str, dict[str, Any]]:
 
 def _bytes(optimizer: Any) -> dict[str, int]:
     """What is kept for the parameters, tensor by tensor; float32 copies where the model is in bfloat16."""
-    from sso_megatron.mcore.optimizer.megatron_state import parts_of
+    from sso_megatron.mcore.optimizer.megatron_state import state_adapters
     from sso_megatron.optimizers.base import SpectralOptimizer
 
     kept = {"momentum": 0, "masters": 0, "adamw": 0}
-    for part in parts_of(optimizer):
+    for part in state_adapters(optimizer):
         which = "momentum" if isinstance(part.inner, SpectralOptimizer) else "adamw"
         for param in (p for group in part.inner.param_groups for p in group["params"]):
             tensors = [

@@ -35,9 +35,9 @@ def around_train(before: Callable[..., None] | None, after: Callable[..., None] 
 
 
 def spectral_optimizers(optimizer: Any) -> list[Any]:
-    from sso_megatron.mcore.optimizer.registration import spectral_parts
+    from sso_megatron.mcore.optimizer.registration import spectral_optimizers as found_in
 
-    return spectral_parts(optimizer)
+    return found_in(optimizer)
 
 
 def settings() -> None:

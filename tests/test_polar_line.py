@@ -117,7 +117,11 @@ def test_power_iteration_on_cut_rows(shape: tuple[int, int]) -> None:
     basis = start_basis(W, 16, rows_are_cut=True)
     found = [
         power_iteration(
-            part, basis, degree=6, num_passes=8, total=lambda here, other=other: here + other.mT @ other
+            part,
+            basis,
+            degree=6,
+            num_passes=8,
+            all_reduce=lambda here, other=other: here + other.mT @ other,
         )
         for part, other in (parts, parts[::-1])
     ]

@@ -16,8 +16,8 @@ from sso_megatron import Spectra, SpectraConfig, SpectralConfig
 from sso_megatron.cli.bench.meters import HostSyncs, PeakMemory
 from sso_megatron.linalg.block_iteration import find_block
 from sso_megatron.linalg.coefficients import polar_coefficients
-from sso_megatron.linalg.part import Part
 from sso_megatron.linalg.polar import msign
+from sso_megatron.linalg.shard_view import ShardView
 from sso_megatron.updates.spectra import SpectraCache, SpectraRule, spectra_step_, spike_rank
 
 NAME = "param_groups[0].params[0]"
@@ -88,7 +88,7 @@ def spiked(shape: tuple[int, int], values: list[float], seed: int = 0) -> torch.
 def direction(M: torch.Tensor, V: torch.Tensor, rule: SpectraRule = RULE) -> torch.Tensor:
     """``O`` of one matrix."""
     O, cache = M[None].clone(), SpectraCache(V.clone())  # noqa: E741
-    spectra_step_(torch.zeros_like(O), O, cache, lr=0.1, rule=rule, part=Part(tuple(M.shape)))
+    spectra_step_(torch.zeros_like(O), O, cache, lr=0.1, rule=rule, view=ShardView(tuple(M.shape)))
     V.copy_(cache.V)
     return O[0]
 
@@ -98,7 +98,7 @@ def direction(M: torch.Tensor, V: torch.Tensor, rule: SpectraRule = RULE) -> tor
 def test_the_spike_becomes_the_tails_rms(shape, values) -> None:  # type: ignore[no-untyped-def]
     """Against exact SVD, once the momentum has settled: singular values of O, and O itself."""
     M = spiked(shape, values)
-    V = find_block(M[None], len(values), Part(shape))
+    V = find_block(M[None], len(values), ShardView(shape))
     for _ in range(10):
         O = direction(M, V)  # noqa: E741
     exact = oracle.suppressed_spike(M.double().numpy(), len(values))
@@ -199,7 +199,7 @@ def test_a_momentum_without_a_tail_steps_along_its_polar_factor(rank, shape) -> 
     """Rank 3 and less in a block of 3: not along rounding, which is all that is left of the tail."""
     gen = torch.Generator().manual_seed(0)
     M = torch.randn(shape[0], rank, generator=gen) @ torch.randn(rank, shape[1], generator=gen)
-    V = find_block(M[None], 3, Part(shape))
+    V = find_block(M[None], 3, ShardView(shape))
     for _ in range(5):
         O = direction(M, V)  # noqa: E741
     U, _, Vt = np.linalg.svd(M.double().numpy(), full_matrices=False)
@@ -217,8 +217,8 @@ def test_scales_of_the_momentum_do_not_matter() -> None:
     M = spiked((60, 90), [9.0, 4.0])
     wanted = None
     for scale in (1.0, 1e-12, 1e12):
-        W, V = torch.zeros(1, 60, 90), find_block(scale * M[None], 2, Part((60, 90)))
-        spectra_step_(W, scale * M[None], SpectraCache(V), lr=1.0, rule=rule, part=Part((60, 90)))
+        W, V = torch.zeros(1, 60, 90), find_block(scale * M[None], 2, ShardView((60, 90)))
+        spectra_step_(W, scale * M[None], SpectraCache(V), lr=1.0, rule=rule, view=ShardView((60, 90)))
         wanted = W if wanted is None else wanted
         torch.testing.assert_close(W, wanted, rtol=1e-3, atol=1e-5)
 
@@ -227,8 +227,8 @@ def test_float64_and_a_learning_rate_on_the_device() -> None:
     weights = []
     for lr in (0.01, torch.tensor(0.01, dtype=torch.float64)):
         W, M = torch.zeros(1, 30, 40, dtype=torch.float64), spiked((30, 40), [5.0])[None].double()
-        V = find_block(M, 2, Part((30, 40)))
-        spectra_step_(W, M, SpectraCache(V), lr=lr, rule=RULE, part=Part((30, 40)))
+        V = find_block(M, 2, ShardView((30, 40)))
+        spectra_step_(W, M, SpectraCache(V), lr=lr, rule=RULE, view=ShardView((30, 40)))
         weights.append(W)
     torch.testing.assert_close(*weights, rtol=1e-12, atol=0)
 

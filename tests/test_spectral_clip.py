@@ -60,14 +60,14 @@ def ours(part: torch.Tensor) -> torch.Tensor:
     return part
 
 
-@pytest.mark.parametrize("total", [None, ours], ids=["whole", "cut"])
+@pytest.mark.parametrize("all_reduce", [None, ours], ids=["whole", "cut"])
 @pytest.mark.parametrize("ratio", [0.1, 1, 100, 1000])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_singular_value_is_clipped_softly(shape, kind, ratio, total) -> None:  # type: ignore[no-untyped-def]
+def test_every_singular_value_is_clipped_softly(shape, kind, ratio, all_reduce) -> None:  # type: ignore[no-untyped-def]
     c = 10.0
     X, U, Vt = matrix(shape, kind, ratio * c)
-    H, exact = clip(X, c, total=total), oracle.clipped(X, c)
+    H, exact = clip(X, c, all_reduce=all_reduce), oracle.clipped(X, c)
     assert top(H) <= c
     assert top(H - exact) <= 2e-4 * min(c, top(X))
     # In the direction of each singular value that float32 can hold.
@@ -151,11 +151,11 @@ def test_rows_on_three_ranks_need_one_sum(m: int, n: int) -> None:
     gram = sum(part.double().mT @ part.double() / (4 * (1 - 256 * 2**-23)) ** 2 for part in parts)
     calls = []
 
-    def total(part: torch.Tensor) -> torch.Tensor:
+    def all_reduce(part: torch.Tensor) -> torch.Tensor:
         calls.append(part.shape)
         return gram.clone()
 
-    results = [spectral_clip(part, 4.0, EIGHT, total) for part in parts]
+    results = [spectral_clip(part, 4.0, EIGHT, all_reduce) for part in parts]
     assert calls == [(2, n, n)] * 3
     torch.testing.assert_close(
         torch.cat(results, dim=1), spectral_clip(X, 4.0, EIGHT), rtol=1e-4, atol=1e-5

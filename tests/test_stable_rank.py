@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.linalg.nuclear_norm import norms
-from sso_megatron.linalg.part import Part
-from sso_megatron.linalg.stable_rank import Rows, add_rows, squared_norms
+from sso_megatron.linalg.shard_view import ShardView
+from sso_megatron.linalg.stable_rank import StreamedRows, add_rows, squared_norms
 from sso_megatron.mcore.metrics.input_stable_rank import _normed
 
 N = 128
@@ -21,9 +21,9 @@ def exact(A: Tensor) -> float:
 
 
 def measured(parts: list[Tensor]) -> float:
-    rows = Rows(torch.zeros((), dtype=torch.float64))
+    rows = StreamedRows(torch.zeros((), dtype=torch.float64))
     for part in parts:
-        add_rows(rows, part, Part((0, part.size(1))))
+        add_rows(rows, part, ShardView((0, part.size(1))))
     assert rows.block is not None
     return (rows.square / squared_norms(rows.block[None])[0]).item()
 
@@ -84,8 +84,8 @@ def test_nuclear_norm(shape: tuple[int, int], is_cut: bool) -> None:
             G = scale * ((U * s) @ V.mT)[None]
             wanted = torch.linalg.svdvals(G.double())[0]
             # On one rank that has all rows, whose sum is what it holds.
-            total = (lambda part: part) if is_cut else None
-            nuclear, frobenius = norms(G, polar_coefficients("polar_express", 10), total)
+            all_reduce = (lambda part: part) if is_cut else None
+            nuclear, frobenius = norms(G, polar_coefficients("polar_express", 10), all_reduce)
             assert nuclear.item() == pytest.approx(wanted.sum().item(), rel=2e-3)
             assert frobenius.item() == pytest.approx(wanted.square().sum().sqrt().item(), rel=1e-5)
 

@@ -113,18 +113,18 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
-def seen_again(m: int, n: int, problem: str, total: Any) -> dict[tuple[int, int], dict[str, Tensor]]:
+def seen_again(m: int, n: int, problem: str, all_reduce: Any) -> dict[tuple[int, int], dict[str, Tensor]]:
     """Figures by gradient and step, when the weight stays where it is."""
     W, gradients = PROBLEMS[problem](m, n, torch.Generator().manual_seed(m + n))
     W = W.float()[None]
     rule = SSO([torch.nn.Parameter(W[0])], lr=LR)._rule
-    cache = start_cache(W, rule, total)
+    cache = start_cache(W, rule, all_reduce)
     cache.radius.fill_((m / n) ** 0.5)
     found = {}
     for number, gradient in enumerate(gradients):
         for step in range(5):
             N = gradient.float()[None].clone()
-            options: dict[str, Any] = {"scale": cache.radius, "lr": LR, "rule": rule, "total": total}
+            options: dict[str, Any] = {"scale": cache.radius, "lr": LR, "rule": rule, "all_reduce": all_reduce}
             if not gradient.any():
                 sso_step_(W.clone(), N, cache, **options)
                 continue
@@ -134,17 +134,17 @@ def seen_again(m: int, n: int, problem: str, total: Any) -> dict[tuple[int, int]
 
 # Shards are worked on in place where the longer side is cut; the cut side is handed out as rows.
 FORMS = [
-    pytest.param(shape, total, id=f"{shape}-{'cut' if total else 'whole'}")
+    pytest.param(shape, all_reduce, id=f"{shape}-{'cut' if all_reduce else 'whole'}")
     for shape in SHAPES
-    for total in (None, same)
-    if total is None or shape[0] >= shape[1]
+    for all_reduce in (None, same)
+    if all_reduce is None or shape[0] >= shape[1]
 ]
 
 
-@pytest.mark.parametrize(("shape", "total"), FORMS)
+@pytest.mark.parametrize(("shape", "all_reduce"), FORMS)
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_adversarial(problem: str, shape: tuple[int, int], total: Any) -> None:
-    found = seen_again(*shape, problem, total)
+def test_adversarial(problem: str, shape: tuple[int, int], all_reduce: Any) -> None:
+    found = seen_again(*shape, problem, all_reduce)
     for (number, step), figures in found.items():
         print(number, step, {name: f"{figure.item():.1e}" for name, figure in figures.items()})
     for figures in found.values():

@@ -13,7 +13,7 @@ from probes import Collectives, save
 from sso_megatron import SpectralClip
 from sso_megatron.linalg.block_iteration import find_block
 from sso_megatron.linalg.orthonormal import orthonormalize
-from sso_megatron.linalg.part import Part
+from sso_megatron.linalg.shard_view import ShardView
 from sso_megatron.matrices.layout import ParameterLayout, whole
 from sso_megatron.updates.spectra import SpectraCache, SpectraRule, spectra_step_
 from sso_megatron.updates.spectral_adam import SpectralAdamCache, SpectralAdamRule, spectral_adam_step_
@@ -22,7 +22,7 @@ SPECTRA = SpectraRule(num_iterations=1, update_rms=0.2, eps=1e-8)
 SPECTRAL_ADAM = SpectralAdamRule(high=1.5, low=0.67, period=3, beta1=0.9, beta2=0.95, eps=1e-8)
 
 
-def total(part: torch.Tensor) -> torch.Tensor:
+def all_reduce(part: torch.Tensor) -> torch.Tensor:
     part = part.contiguous()
     dist.all_reduce(part)
     return part
@@ -73,15 +73,15 @@ def train() -> None:
     finals, kept, counted = {}, {}, {}
     for name, (m, n, dim, lengths) in task["matrices"].items():
         W, gradients = drawn(m, n, task["steps"])
-        part = Part((m, n))
+        view = ShardView((m, n))
         if size > 1:
             first = [0, *accumulate(lengths)][rank]
             W = W.narrow(dim + 1, first, lengths[rank]).clone()
             gradients = gradients.narrow(dim + 2, first, lengths[rank])
-            part = Part((m, n), total, first if dim else None)
+            view = ShardView((m, n), all_reduce, first if dim else None)
         run = spectra if task["kind"] == "spectra" else spectral_adam
         with Collectives() as seen:
-            kept[name] = run(W, gradients, part, seen)
+            kept[name] = run(W, gradients, view, seen)
         finals[name] = W if size == 1 else torch.cat(whole_of(W), dim + 1)
         counted[name] = seen.steps
     save("final", finals)
@@ -90,27 +90,29 @@ def train() -> None:
     dist.destroy_process_group()
 
 
-def spectra(W: torch.Tensor, gradients: torch.Tensor, part: Part, seen: Collectives) -> torch.Tensor:
+def spectra(W: torch.Tensor, gradients: torch.Tensor, view: ShardView, seen: Collectives) -> torch.Tensor:
     seen.next_step()
-    cache = SpectraCache(find_block(gradients[0], 3, part))
+    cache = SpectraCache(find_block(gradients[0], 3, view))
     M = torch.zeros_like(W)
     for G in gradients:
         seen.next_step()
         M = 0.95 * M + G
-        spectra_step_(W, M.clone(), cache, lr=0.05, rule=SPECTRA, part=part)
+        spectra_step_(W, M.clone(), cache, lr=0.05, rule=SPECTRA, view=view)
     return cache.V
 
 
-def spectral_adam(W: torch.Tensor, gradients: torch.Tensor, part: Part, seen: Collectives) -> torch.Tensor:
+def spectral_adam(
+    W: torch.Tensor, gradients: torch.Tensor, view: ShardView, seen: Collectives
+) -> torch.Tensor:
     seen.next_step()
-    cache = SpectralAdamCache(find_block(gradients[0], 1, part), torch.zeros(2, dtype=torch.float64))
+    cache = SpectralAdamCache(find_block(gradients[0], 1, view), torch.zeros(2, dtype=torch.float64))
     averages = torch.zeros((2, *W.shape))
     for number, G in enumerate(gradients):
         seen.next_step()
         G = G * (3.0 if number == 4 else 1.0)
         step = torch.tensor(number + 1.0)
         args: Any = (W, G, *averages, step, cache)
-        spectral_adam_step_(*args, lr=0.01, rule=SPECTRAL_ADAM, part=part)
+        spectral_adam_step_(*args, lr=0.01, rule=SPECTRAL_ADAM, view=view)
     return torch.cat([cache.v, cache.norm[:, None, None].float()], dim=1)
 
 
@@ -123,6 +125,6 @@ def orthonormal() -> None:
     P[1, :, 2] = P[1, :, 1] * 2.0
     P[2] = 0
     shards = P.split(lengths, dim=1)
-    save("basis", orthonormalize(shards[dist.get_rank()].contiguous(), total))
+    save("basis", orthonormalize(shards[dist.get_rank()].contiguous(), all_reduce))
     save("whole", orthonormalize(P))
     dist.destroy_process_group()

@@ -83,7 +83,7 @@ def _publish(
     out: Path,
     chunks: list[Any],
     checkpoint: loading.Checkpoint,
-    matrices: list[export.Matrix],
+    matrices: list[export.ExportedMatrix],
     options: argparse.Namespace,
 ) -> None:
     """Write the model under another name and rename it: ``out`` is complete or not there."""

@@ -24,7 +24,7 @@ class PatchError(ValueError):
 
 
 @dataclass(frozen=True)
-class Part:
+class PatchedFile:
     """What a patch does to one file.
 
     Attributes:
@@ -110,10 +110,10 @@ class Target:
         if shutil.which("git") is None:
             raise PatchError("git must be installed; it applies the patches")
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[PatchedFile]:
         """The state of every file that the series changes."""
         return [
-            Part(patch.stem, file, self._state(patch, file))
+            PatchedFile(patch.stem, file, self._state(patch, file))
             for patch in self.patches
             for file in self._files(patch)
         ]
@@ -182,7 +182,7 @@ def _check(target: Target) -> int:
     return 2 if "does not fit" in states else int(states != {"applied"})
 
 
-def _described(parts: list[Part]) -> str:
+def _described(parts: list[PatchedFile]) -> str:
     """The state of one patch."""
     states = {part.state for part in parts}
     if len(states) == 1 and "does not fit" not in states:

@@ -1,7 +1,7 @@
 """Cached power iteration with a block: the largest singular directions of matrices that change slowly.
 
 An orthogonal iteration, whose block is carried on from step to step (arXiv 2602.11185); with one column it
-is the ordinary power iteration. Matrices may be cut (``linalg.part``).
+is the ordinary power iteration. Matrices may be cut (``linalg.shard_view``).
 """
 
 from typing import NamedTuple
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sso_megatron.linalg.orthonormal import orthonormalize, random_basis
-from sso_megatron.linalg.part import Part
 from sso_megatron.linalg.precision import float32_products
+from sso_megatron.linalg.shard_view import ShardView
 
 # Passes of a start from random vectors: with these the block has more of M than torch.svd_lowrank finds, on
 # noise, spikes in noise and singular values that fall as j^-1/2 and j^-1 (512 x 512 and 512 x 1536).
@@ -32,7 +32,7 @@ class Block(NamedTuple):
     lengths: Tensor
 
 
-def iterate_block(M: Tensor, V: Tensor, part: Part, *, num_passes: int = 1) -> Block:
+def iterate_block(M: Tensor, V: Tensor, view: ShardView, *, num_passes: int = 1) -> Block:
     """``U`` an orthonormal basis of ``M V``, and ``Y = M^T U``; its unit columns are the next pass's ``V``.
 
     A pass takes ``4 p q k`` flops. Sums over ranks: three a pass where rows are cut (two of ``k x k``
@@ -41,32 +41,32 @@ def iterate_block(M: Tensor, V: Tensor, part: Part, *, num_passes: int = 1) -> B
     Args:
         M: ``(b, p, q)`` float32 or float64, the part that is held here.
         V: ``(b, n, k)`` block to start from, the same on every rank; its columns need not be orthogonal.
-        part: where M lies in the whole matrices.
+        view: where M lies in the whole matrices.
         num_passes: at least 1.
     """
-    block = _pass(M, V, part)
+    block = _pass(M, V, view)
     for _ in range(num_passes - 1):
         V = unit_columns(block.Y, block.lengths, otherwise=V)
-        block = _pass(M, V, part)
+        block = _pass(M, V, view)
     return block
 
 
-def _pass(M: Tensor, V: Tensor, part: Part) -> Block:
-    U = orthonormalize(part.times(M, V), part.rows_total)
-    Y = part.transpose_times(M, U)
+def _pass(M: Tensor, V: Tensor, view: ShardView) -> Block:
+    U = orthonormalize(view.times(M, V), view.rows_all_reduce)
+    Y = view.transpose_times(M, U)
     return Block(U, Y, torch.linalg.vector_norm(Y, dim=-2, dtype=torch.float64))
 
 
 @float32_products("ieee")
-def find_block(M: Tensor, k: int, part: Part) -> Tensor:
+def find_block(M: Tensor, k: int, view: ShardView) -> Tensor:
     """``(b, n, k)`` right singular vectors to start from, largest first, the same on every rank.
 
     From a fixed random block, by four passes and a rotation within what they found; the host waits for the
     device. Where M has fewer than k directions the others are random.
     """
-    n = part.shape[1]
+    n = view.shape[1]
     V = random_basis(n, k, M)
-    _, Y, lengths = iterate_block(M, V, part, num_passes=_COLD_PASSES)
+    _, Y, lengths = iterate_block(M, V, view, num_passes=_COLD_PASSES)
     # Scaled, so that the squares of small momenta are there for eigh.
     size = torch.linalg.vector_norm(lengths, dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
     Y = Y.double() / size[:, None, None]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sso_megatron.linalg.polar import Total
+from sso_megatron.linalg.polar import AllReduce
 
 # Added to the Gram matrix of unit columns, so that rounding cannot end its Cholesky factorisation early:
 # the largest error of a sum of 1e4 products in float64. What is left of a column beside the ones before
@@ -27,7 +27,7 @@ def random_basis(n: int, k: int, like: Tensor) -> Tensor:
     return basis.expand(like.size(0), -1, -1).contiguous()
 
 
-def orthonormalize(P: Tensor, total: Total | None = None) -> Tensor:
+def orthonormalize(P: Tensor, all_reduce: AllReduce | None = None) -> Tensor:
     """``U`` with the orthonormal columns of a QR factorisation of ``P``, in two passes of Cholesky-QR.
 
     Columns may be of any scales. Where nothing but rounding is left of a column beside those before it,
@@ -36,7 +36,7 @@ def orthonormalize(P: Tensor, total: Total | None = None) -> Tensor:
 
     Args:
         P: ``(b, p, k)`` float32 or float64, all rows or this rank's.
-        total: sum over the ranks that hold the other rows, called twice, with ``(b, k, k)`` float64
+        all_reduce: sum over the ranks that hold the other rows, called twice, with ``(b, k, k)`` float64
             numbers; None for whole blocks.
 
     Returns:
@@ -46,8 +46,8 @@ def orthonormalize(P: Tensor, total: Total | None = None) -> Tensor:
     unit = torch.eye(P.size(-1), dtype=U.dtype, device=U.device)
     for number in range(_PASSES):
         gram = U.mT @ U
-        if total is not None:
-            gram = total(gram)
+        if all_reduce is not None:
+            gram = all_reduce(gram)
         lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
         # Once only: what is short after a pass is rounding, and must not grow.
         scales = torch.where(lengths > 0, 1 / lengths, 0.0) if number == 0 else torch.ones_like(lengths)

@@ -1,8 +1,8 @@
 """The polar factor ``msign(X) = U V^T`` of ``X = U S V^T`` by a Newton-Schulz iteration.
 
-Where matrices are cut along their rows over several ranks, functions of this package take ``total``,
+Where matrices are cut along their rows over several ranks, functions of this package take ``all_reduce``,
 which adds a tensor up over those ranks: products that contract the cut dimension go through it,
-everything else is local. Without ``total`` matrices are whole.
+everything else is local. Without ``all_reduce`` matrices are whole.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from torch import Tensor
 from sso_megatron.linalg.coefficients import Coefficients
 from sso_megatron.linalg.symmetric import PLAIN, Products
 
-Total = Callable[[Tensor], Tensor]
+AllReduce = Callable[[Tensor], Tensor]
 """Sum of a tensor over the ranks that hold the other rows; every rank gets the same result."""
 
 # Measured in float32 on CPU cores, eight steps: at long = 2 short the Gram form takes 0.9 of the ordinary

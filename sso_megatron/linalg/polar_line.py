@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sso_megatron.linalg.coefficients import Coefficients
 from sso_megatron.linalg.polar import (
-    Total,
+    AllReduce,
     divide_,
     frobenius_norm,
     gram_polynomial,
@@ -251,7 +251,7 @@ class CutLine:
         gram: Tensor,
         top: TopSingular,
         coefficients: Coefficients,
-        total: Total,
+        all_reduce: AllReduce,
     ) -> None:
         """Take the line from ``M`` along ``u v^T``.
 
@@ -260,11 +260,13 @@ class CutLine:
             gram: ``(b, n, n)`` float64, ``M^T M`` of all rows.
             top: ``u`` ``(b, rows)``, ``v`` ``(b, n)``.
             coefficients: one ``(a, b, c)`` a Newton-Schulz step.
-            total: sum over the ranks that hold the other rows.
+            all_reduce: sum over the ranks that hold the other rows.
         """
         self._M, self._coefficients = M, coefficients
         self._u, v = top.u.double(), top.v.double()
-        sums = total(torch.cat([times(M.mT, self._u), self._u.square().sum(dim=-1, keepdim=True)], dim=-1))
+        sums = all_reduce(
+            torch.cat([times(M.mT, self._u), self._u.square().sum(dim=-1, keepdim=True)], dim=-1)
+        )
         self._gram_line = GramLine(gram, sums[:, :-1], sums[:, -1:], v)
 
     @property

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sso_megatron.linalg.orthonormal import random_basis
-from sso_megatron.linalg.polar import Total, times, times_thin
+from sso_megatron.linalg.polar import AllReduce, times, times_thin
 
 # Squarings of a k x k matrix of Ritz values: the 2^24th power tells values apart that differ by 1e-7,
 # the 2^8th gives the largest itself to 2 %, enough for the filter's interval.
@@ -58,27 +58,27 @@ def power_iteration(
     *,
     degree: int,
     num_passes: int = 1,
-    total: Total | None = None,
+    all_reduce: AllReduce | None = None,
     gram: Tensor | None = None,
 ) -> TopSingular:
     """``(sigma, u, v)`` of every matrix of a batch, and the block for the next call.
 
     On whole matrices one pass costs ``2 degree + 1`` products of ``W`` with ``k`` vectors, one QR and
     some fifty products of ``k x k`` matrices. Where rows are cut the products go through the Gram
-    matrix ``W^T W``, which is summed once: one ``total`` however many passes.
+    matrix ``W^T W``, which is summed once: one ``all_reduce`` however many passes.
 
     Args:
         W: ``(b, m, n)``, float32 or float64.
         basis: ``(b, s, k)`` with orthonormal columns: ``start_basis`` or the last call's.
         degree: degree of the Chebyshev polynomial in the Gram matrix, at least 1.
         num_passes: filter, orthonormalise and choose this many times; more for a cold start.
-        total: sum over the ranks that hold the other rows; None for whole matrices.
+        all_reduce: sum over the ranks that hold the other rows; None for whole matrices.
         gram: ``(b, n, n)`` sum of ``W^T W`` over the ranks, where it is known already.
     """
-    is_tall = total is not None or W.size(-2) >= W.size(-1)
+    is_tall = all_reduce is not None or W.size(-2) >= W.size(-1)
     tall = W if is_tall else W.mT
-    if total is not None and gram is None:
-        gram = total(tall.mT @ tall)
+    if all_reduce is not None and gram is None:
+        gram = all_reduce(tall.mT @ tall)
 
     def apply(V: Tensor) -> Tensor:
         return times_thin(tall.mT, times_thin(tall, V)) if gram is None else times_thin(gram, V)

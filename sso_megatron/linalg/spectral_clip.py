@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sso_megatron.linalg.coefficients import Coefficients
-from sso_megatron.linalg.polar import Total, gram_polynomial
+from sso_megatron.linalg.polar import AllReduce, gram_polynomial
 from sso_megatron.linalg.precision import float32_products
 
 # Newton-Schulz steps on the first Gram matrix in float32. Where ||X|| is 1e3 c, all steps on it err by up
@@ -23,7 +23,7 @@ _MARGIN = 256
 
 @float32_products("ieee")
 def spectral_clip(
-    X: Tensor, c: Tensor | float, coefficients: Coefficients, total: Total | None = None
+    X: Tensor, c: Tensor | float, coefficients: Coefficients, all_reduce: AllReduce | None = None
 ) -> Tensor:
     """``H_c`` of every matrix of a batch; its spectral norm is below ``c``, rounding included.
 
@@ -37,17 +37,17 @@ def spectral_clip(
         X: ``(b, m, n)`` float32 or float64, whole matrices or this rank's rows; read only.
         c: positive and finite; a number, or a tensor on the device, 0-d or ``(b,)``.
         coefficients: one ``(a, b, c)`` a step, from ``polar_coefficients``, that never exceed 1.
-        total: sum over the ranks that hold the other rows; None for whole matrices. It is called once,
+        all_reduce: sum over the ranks that hold the other rows; None for whole matrices. It is called once,
             with ``(b, n, n)`` float64 numbers: a second Gram matrix would be a second sum.
 
     Returns:
         ``(b, m, n)`` in X's dtype.
     """
     limit = _aim(c, X)
-    is_tall = total is not None or X.size(-2) >= X.size(-1)
-    Y = (X if total is None else X.double()) / limit
+    is_tall = all_reduce is not None or X.size(-2) >= X.size(-1)
+    Y = (X if all_reduce is None else X.double()) / limit
     Y = Y if is_tall else Y.mT
-    R = Y.mT @ Y if total is None else total(Y.mT @ Y)
+    R = Y.mT @ Y if all_reduce is None else all_reduce(Y.mT @ Y)
     R.diagonal(dim1=-2, dim2=-1).add_(1)
     # Two bounds of the largest eigenvalue: that of the identity is met by the second alone.
     largest = torch.minimum(torch.linalg.matrix_norm(R), torch.linalg.matrix_norm(R, ord=torch.inf))

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sso_megatron.linalg.block_iteration import gram_eigh, iterate_block, unit_columns
 from sso_megatron.linalg.orthonormal import random_basis
-from sso_megatron.linalg.part import Part
-from sso_megatron.linalg.polar import Total, frobenius_norm
+from sso_megatron.linalg.polar import AllReduce, frobenius_norm
 from sso_megatron.linalg.precision import float32_products
+from sso_megatron.linalg.shard_view import ShardView
 
 # Of rows that came in sixteen parts, 256 columns: stable ranks within 1e-4 for singular values that fall as
 # 1/j or 1/sqrt(j) or stand out, 2e-3 too large where they fall as exp(-j/50); 10 % for Gaussian noise, and
@@ -25,7 +25,7 @@ _PASSES = 8
 
 
 @dataclass
-class Rows:
+class StreamedRows:
     """What is kept of the rows seen so far of a matrix with ``n`` columns.
 
     Attributes:
@@ -39,7 +39,7 @@ class Rows:
 
 
 @float32_products("ieee")
-def add_rows(rows: Rows, A: Tensor, part: Part) -> None:
+def add_rows(rows: StreamedRows, A: Tensor, view: ShardView) -> None:
     """Take more rows in, ``(t, q)``, the columns that are held here.
 
     ``4 t q k`` flops a pass, eight passes. Collectives where columns are cut: two sums a pass.
@@ -47,35 +47,35 @@ def add_rows(rows: Rows, A: Tensor, part: Part) -> None:
     Args:
         rows: updated.
         A: floating point; a float32 copy is made and dropped.
-        part: which columns these are; its number of rows is not looked at.
+        view: which columns these are; its number of rows is not looked at.
     """
     if not A.numel():
         return
     A = A.to(torch.promote_types(A.dtype, torch.float32)).unsqueeze(0)
     rows.square += frobenius_norm(A).square()[0]
-    V = random_basis(part.shape[1], COLUMNS, A)
+    V = random_basis(view.shape[1], COLUMNS, A)
     if rows.block is not None:
         block = rows.block.unsqueeze(0)
         lengths = torch.linalg.vector_norm(block, dim=-2, dtype=torch.float64)
         V = unit_columns(block, lengths, otherwise=V)
-        A = torch.cat([part.own_columns(A, block).mT, A], dim=-2)
-    rows.block = iterate_block(A, V, part, num_passes=_PASSES).Y[0]
+        A = torch.cat([view.own_columns(A, block).mT, A], dim=-2)
+    rows.block = iterate_block(A, V, view, num_passes=_PASSES).Y[0]
 
 
 @float32_products("ieee")
-def squared_norms(blocks: Tensor, total: Total | None = None) -> Tensor:
+def squared_norms(blocks: Tensor, all_reduce: AllReduce | None = None) -> Tensor:
     """``||A||_2^2`` of matrices from the blocks of their rows.
 
     Args:
         blocks: ``(b, n, k)``.
-        total: sum over the ranks that saw other rows of the same matrices; None where all were seen here.
-            It is called three times in each of eight passes.
+        all_reduce: sum over the ranks that saw other rows of the same matrices; None where all were seen
+            here. It is called three times in each of eight passes.
 
     Returns:
         ``(b,)`` float64; NaN where a block has an entry that is not finite.
     """
-    if total is not None:
-        part = Part((blocks.size(-1), blocks.size(-2)), total)
+    if all_reduce is not None:
+        view = ShardView((blocks.size(-1), blocks.size(-2)), all_reduce)
         V = random_basis(blocks.size(-2), blocks.size(-1), blocks)
-        blocks = iterate_block(blocks.mT, V, part, num_passes=_PASSES).Y
+        blocks = iterate_block(blocks.mT, V, view, num_passes=_PASSES).Y
     return gram_eigh(blocks.double())[0][:, -1]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Rows = tuple[tuple[int, int], ...]
+RowRanges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Split:
     """
 
     label: str
-    rows: Rows
+    rows: RowRanges
     shape: tuple[int, int]
     partition_dim: int | None
     shard_rows: tuple[int, ...] | None = None
@@ -161,7 +161,7 @@ def section_splits(
 
 
 def row_splits(
-    shape: Sequence[int], parts: Iterable[tuple[str, Rows]], *, tp_size: int, tp_rank: int
+    shape: Sequence[int], parts: Iterable[tuple[str, RowRanges]], *, tp_size: int, tp_rank: int
 ) -> tuple[Split, ...]:
     """Matrices of a parameter that is cut into equal blocks of rows, wherever its matrices begin.
 
@@ -215,7 +215,7 @@ def packed_splits(shape: Sequence[int], one: Sequence[Split], experts: Sequence[
     )
 
 
-def _within(ranges: Rows, first: int, last: int) -> Rows:
+def _within(ranges: RowRanges, first: int, last: int) -> RowRanges:
     """What of ``ranges`` lies in ``first .. last``, counted from ``first``."""
     cut = ((max(start, first) - first, min(stop, last) - first) for start, stop in ranges)
     return tuple((start, stop) for start, stop in cut if start < stop)

@@ -107,12 +107,12 @@ class SpectralOptimizer(MatrixOptimizer):
             return
         W, N = self._spread(batch)
         self._update(batch, W, N)
-        self._write(batch.here, batch.placement.own(W))
+        self._write(batch.here, batch.placement.local_shards(W))
 
     def _spread(self, batch: MatrixBatch) -> Tensor:
-        room, (weights, directions) = batch.placement.stage(2, **batch.options)
+        buffer, (weights, directions) = batch.placement.allocate(2, **batch.options)
         self._read(batch.members, weights, directions)
-        return batch.placement.spread(room, 2)
+        return batch.placement.gather(buffer, 2)
 
     def _step_exchanged(self, unit: ExchangedBatches, meanwhile: Iterator[list[MatrixBatch]]) -> None:
         for boundary, batches in enumerate([*unit.rounds, []]):
@@ -135,11 +135,11 @@ class SpectralOptimizer(MatrixOptimizer):
     def _step_owned(self, exchange: Exchange, batch: MatrixBatch, places: list[int]) -> None:
         """A batch of matrices whose other shards ``exchange`` has brought; ``places`` are its own."""
         W, N = (torch.empty(len(places), *batch.shape, **batch.options) for _ in range(2))
-        self._read(batch.here, batch.placement.own(W), batch.placement.own(N))
+        self._read(batch.here, batch.placement.local_shards(W), batch.placement.local_shards(N))
         exchange.take(places, W, N)
         self._update(batch, W, N)
         exchange.give(places, W)
-        self._write(batch.here, batch.placement.own(W))
+        self._write(batch.here, batch.placement.local_shards(W))
 
     def _update(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
         known = {}
@@ -227,7 +227,7 @@ class SpectralOptimizer(MatrixOptimizer):
         Args:
             batch: gives the group's settings and holds the algorithm's cache and statistics.
             W: ``(b, p, q)`` weights of ``batch.here``, of which there may be none, float32 or float64;
-                whole matrices, or rows of them where ``batch.placement.total`` sums over the others.
+                whole matrices, or rows of them where ``batch.placement.all_reduce`` sums over the others.
             N: ``(b, p, q)`` what ``read_directions`` gave, here the momentum, same dtype.
         """
         raise NotImplementedError

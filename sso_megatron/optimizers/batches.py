@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sso_megatron.linalg.part import Part
+from sso_megatron.linalg.shard_view import ShardView
 from sso_megatron.matrices.layout import ParameterLayout, Split
 from sso_megatron.parallel.placement import Duplicated, Placement
 from sso_megatron.parallel.shards import Shards
@@ -73,13 +73,13 @@ class MatrixBatch:
         return self.members[0].split.shape
 
     @property
-    def part(self) -> Part:
+    def shard_view(self) -> ShardView:
         """Which part of its matrices this rank works on. Columns that are cut are handed out as rows."""
-        total = self.placement.total
-        if self.shards is None or total is None:
-            return Part(self.shape)
+        all_reduce = self.placement.all_reduce
+        if self.shards is None or all_reduce is None:
+            return ShardView(self.shape)
         cut = self.shards.cuts[0]
-        return Part(self.shape, total, sum(cut.lengths[: self.shards.rank]) if cut.dim else None)
+        return ShardView(self.shape, all_reduce, sum(cut.lengths[: self.shards.rank]) if cut.dim else None)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class MatrixBatch:
         """This rank's part of every weight; it may be a view of the parameter."""
         return self.read(member.param.detach() for member in self.members)
 
-    def spread(self, read: Callable[[list[Member], list[Tensor]], None]) -> tuple[Tensor, Placement]:
+    def gather(self, read: Callable[[list[Member], list[Tensor]], None]) -> tuple[Tensor, Placement]:
         """A tensor of each member, spread as for a step, for looking at it or changing it between steps.
 
         Collectives: one all-gather where the members are cut, none where the placement is ``distributed``.
@@ -105,14 +105,14 @@ class MatrixBatch:
 
         Returns:
             ``(b, p, q)``, whole or parts, of all members: between steps nothing brings results back from
-            owners. And the placement, whose ``own`` gives this rank's part back.
+            owners. And the placement, whose ``local_shards`` gives this rank's part back.
         """
         placement = self.placement
         if self.shards is not None and self.mode == "owner":
             placement = Duplicated(self.shards)
-        room, (places,) = placement.stage(1, **self.options)
+        buffer, (places,) = placement.allocate(1, **self.options)
         read(self.members, places)
-        (spread,) = placement.spread(room, 1)
+        (spread,) = placement.gather(buffer, 1)
         return spread, placement
 
     def whole(self, parts: list[Tensor]) -> Tensor:
@@ -122,7 +122,7 @@ class MatrixBatch:
         """
         if self.shards is None:
             return torch.stack(parts)
-        room, (slots,) = self.shards.stage(1, **self.options)
+        buffer, (slots,) = self.shards.allocate(1, **self.options)
         for slot, part in zip(slots, parts, strict=True):
             slot.copy_(part)
-        return self.shards.gather(room, 1, range(len(self.members)))[0]
+        return self.shards.gather(buffer, 1, range(len(self.members)))[0]

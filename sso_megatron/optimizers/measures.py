@@ -57,11 +57,11 @@ def spectral_norms(batch: MatrixBatch, W: Tensor) -> Tensor:
 
     Collectives: where the rows of ``W`` ``(b, p, q)`` are cut, one sum of ``(b, q, q)`` numbers.
     """
-    total, num_passes = batch.placement.total, _WARM_PASSES
+    all_reduce, num_passes = batch.placement.all_reduce, _WARM_PASSES
     if batch.norm_basis is None:
-        batch.norm_basis = start_basis(W, _BLOCK, rows_are_cut=total is not None)
+        batch.norm_basis = start_basis(W, _BLOCK, rows_are_cut=all_reduce is not None)
         num_passes = _COLD_PASSES
-    top = power_iteration(W, batch.norm_basis, degree=_DEGREE, num_passes=num_passes, total=total)
+    top = power_iteration(W, batch.norm_basis, degree=_DEGREE, num_passes=num_passes, all_reduce=all_reduce)
     batch.norm_basis = top.basis
     return top.sigma
 

@@ -90,13 +90,13 @@ class Spectra(SpectralOptimizer):
 
     def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
         """Take the step in place; see ``updates.spectra.spectra_step_``."""
-        part = batch.part
-        if part.first_column is not None:
+        view = batch.shard_view
+        if view.first_column is not None:
             W, N = W.mT, N.mT
         if batch.cache is None:
             batch.cache = self._start(batch, N)
         lr = batch.group["lr"]
-        batch.stats = spectra_step_(W, N, batch.cache, lr=lr, rule=self._rule, part=part)
+        batch.stats = spectra_step_(W, N, batch.cache, lr=lr, rule=self._rule, view=view)
 
     def measured(self, batch: MatrixBatch) -> dict[str, Tensor]:
         """``spike_share``: the part of ``||M||_F^2`` that the spike made up, as far as it was found."""
@@ -110,7 +110,11 @@ class Spectra(SpectralOptimizer):
         states, rank = self.take_loaded(batch), self._rank(batch.shape)
         known = [state if state and self.fits(batch, state) else None for state in states]
         is_known = all(known)
-        V = M.new_empty(len(known), batch.shape[1], rank) if is_known else find_block(M, rank, batch.part)
+        V = (
+            M.new_empty(len(known), batch.shape[1], rank)
+            if is_known
+            else find_block(M, rank, batch.shard_view)
+        )
         for place, state in zip(V, known, strict=True):
             if state:
                 place.copy_(state["spike_vectors"])

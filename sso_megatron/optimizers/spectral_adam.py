@@ -83,13 +83,13 @@ class SpectralAdam(SpectralOptimizer):
                 f"tp_mode={self.shared.tp_mode!r} gives whole matrices to owners, and SpectralAdam's "
                 "averages stay with the shards; use distributed"
             )
-        part = batch.part
+        view = batch.shard_view
         averages = torch.zeros((2, *W.shape), dtype=W.dtype, device=W.device)
         stored = [self.read_state(batch.here, name) for name in self.state_names]
-        places = [batch.placement.own(average) for average in averages]
+        places = [batch.placement.local_shards(average) for average in averages]
         for some, values in zip(places, stored, strict=True):
             copy_all_(some, values)
-        if part.first_column is not None:
+        if view.first_column is not None:
             W, N, averages = W.mT, N.mT, averages.mT
         if batch.cache is None:
             batch.cache = self._start(batch, N)
@@ -102,7 +102,7 @@ class SpectralAdam(SpectralOptimizer):
             batch.cache,
             lr=batch.group["lr"],
             rule=self._rule,
-            part=part,
+            view=view,
         )
         for name, values in zip(self.state_names, places, strict=True):
             for member, value in zip(batch.here, values, strict=True):
@@ -113,7 +113,7 @@ class SpectralAdam(SpectralOptimizer):
         """From a checkpoint, else from the first gradient."""
         states = self.take_loaded(batch)
         known = [state if state and self.fits(batch, state) else None for state in states]
-        v = G.new_empty(len(known), batch.shape[1], 1) if all(known) else find_block(G, 1, batch.part)
+        v = G.new_empty(len(known), batch.shape[1], 1) if all(known) else find_block(G, 1, batch.shard_view)
         # The first step of all divides; a norm that is lost later, NaN, is no jump.
         unknown = 0.0 if batch.group["step"] == 1 else torch.nan
         norm = torch.full((len(known),), unknown, dtype=torch.float64, device=G.device)

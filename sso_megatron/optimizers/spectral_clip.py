@@ -218,7 +218,7 @@ class SpectralClip(SpectralOptimizer):
             scale=update_scale(batch.shape, "spectral_kaiming", 1.0),
             lr=batch.group["lr"],
             coefficients=self._coefficients,
-            total=batch.placement.total,
+            all_reduce=batch.placement.all_reduce,
             measures=self.measures is not None,
         )
 
@@ -244,9 +244,9 @@ class SpectralClip(SpectralOptimizer):
         for batch in self.batches:
             if batch.shards is None and all(member.param.grad is None for member in batch.members):
                 continue
-            G, placement = batch.spread(self.read_gradients)
+            G, placement = batch.gather(self.read_gradients)
             c = schedule.at(batch.group["step"].double() + 1, batch.group["lr"], self._peak(batch.group))
-            clipped = placement.own(spectral_clip(G, c, self._coefficients, placement.total))
+            clipped = placement.local_shards(spectral_clip(G, c, self._coefficients, placement.all_reduce))
             for member, value in zip(batch.members, clipped, strict=True):
                 if member.param.grad is not None:
                     member.split.write_(member.param.grad, value)

@@ -186,7 +186,7 @@ class SSO(SpectralOptimizer):
             scale=update_scale(batch.shape, self.config.scale_mode, batch.cache.radius),
             lr=batch.group["lr"],
             rule=self._rule,
-            total=batch.placement.total,
+            all_reduce=batch.placement.all_reduce,
             measures=self.measures is not None,
         )
 
@@ -196,7 +196,7 @@ class SSO(SpectralOptimizer):
             return
         states = self.take_loaded(batch)
         is_known = bool(states) and all(state and self.fits(batch, state) for state in states)
-        cache = (blank_cache if is_known else start_cache)(W, self._rule, batch.placement.total)
+        cache = (blank_cache if is_known else start_cache)(W, self._rule, batch.placement.all_reduce)
         self._refuse_zeros(batch, cache.radius)
         c = self.config
         if c.radius_mode == "from_weights":
@@ -214,7 +214,9 @@ class SSO(SpectralOptimizer):
         # none goes on alone. A master copy requires no gradient, yet has one.
         dead = [
             member.name
-            for member, norm in zip(batch.members, batch.placement.share(norms).tolist(), strict=True)
+            for member, norm in zip(
+                batch.members, batch.placement.broadcast_values(norms).tolist(), strict=True
+            )
             if (member.param.requires_grad or member.param.grad is not None) and not norm > 0
         ]
         if dead:
@@ -272,24 +274,24 @@ class SSO(SpectralOptimizer):
         This is what a step's retraction would give now, by the same code, on a copy. Every rank of a
         tensor-parallel group must run through it.
 
-        Collectives: those of each batch's placement, ``share`` included, and one all-gather for each
-        batch that is cut.
+        Collectives: those of each batch's placement, ``broadcast_values`` included, and one all-gather for
+        each batch that is cut.
         """
         for batch in self.batches:
-            room, (slots,) = batch.placement.stage(1, **batch.options)
+            buffer, (slots,) = batch.placement.allocate(1, **batch.options)
             copy_all_(slots, batch.weights())
-            (W,) = batch.placement.spread(room, 1)
+            (W,) = batch.placement.gather(buffer, 1)
             self._warm_up(batch, W)
-            radii = batch.placement.share(batch.cache.radius).tolist()
+            radii = batch.placement.broadcast_values(batch.cache.radius).tolist()
             top = retract_to_spectral_sphere_(
                 W,
                 dataclasses.replace(batch.cache, basis=batch.cache.basis.clone()),
                 lr=batch.group["lr"],
                 rule=self._rule,
-                total=batch.placement.total,
+                all_reduce=batch.placement.all_reduce,
             )
             factors = retraction_factor(top.sigma, batch.cache.radius, batch.group["lr"], self._rule)
-            shards = zip(batch.weights(), batch.placement.share(factors), strict=True)
+            shards = zip(batch.weights(), batch.placement.broadcast_values(factors), strict=True)
             matrices = batch.whole([shard * factor for shard, factor in shards])
             for member, matrix, radius in zip(batch.members, matrices, radii, strict=True):
                 yield member.name, matrix, radius

@@ -62,7 +62,7 @@ class Exchange:
         """
         self._boundary = boundary
         offsets, counts = self._sends[boundary]
-        self._sent, self._outgoing = self._room(offsets, counts)
+        self._sent, self._outgoing = self._buffer(offsets, counts)
         results = [piece for piece in offsets if piece.what == "result"]
         # A result was put where its weight came from.
         copy_all_(self._at(results), [self._incoming[piece._replace(what="weight")] for piece in results])
@@ -74,8 +74,10 @@ class Exchange:
     def send(self) -> None:
         """Start the all-to-all; the buffer must be filled, and is not touched until ``receive``."""
         (_, sent), (offsets, received) = self._sends[self._boundary], self._receives[self._boundary]
-        room, self._incoming = self._room(offsets, received)
-        self._work = dist.all_to_all_single(room, self._sent, received, sent, self._tp_group, async_op=True)
+        buffer, self._incoming = self._buffer(offsets, received)
+        self._work = dist.all_to_all_single(
+            buffer, self._sent, received, sent, self._tp_group, async_op=True
+        )
 
     def receive(self) -> tuple[list[int], list[Tensor]]:
         """Wait for what was sent.
@@ -117,12 +119,12 @@ class Exchange:
     def _at(self, pieces: list[Piece]) -> list[Tensor]:
         return [self._outgoing[piece] for piece in pieces]
 
-    def _room(self, offsets: Offsets, counts: list[int]) -> tuple[Tensor, dict[Piece, Tensor]]:
+    def _buffer(self, offsets: Offsets, counts: list[int]) -> tuple[Tensor, dict[Piece, Tensor]]:
         """A flat buffer and the views of its pieces."""
         dtype, device = self._options
-        room = torch.empty(sum(counts), dtype=dtype, device=device)
+        buffer = torch.empty(sum(counts), dtype=dtype, device=device)
         views = {}
         for piece, offset in offsets.items():
             shape = self.plan.matrices[piece.matrix].cut.shard_shape(piece.rank)
-            views[piece] = room[offset : offset + self.plan.numel(piece)].view(shape)
-        return room, views
+            views[piece] = buffer[offset : offset + self.plan.numel(piece)].view(shape)
+        return buffer, views

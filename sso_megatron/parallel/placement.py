@@ -1,9 +1,9 @@
 """Which rank of a tensor-parallel group works on which part of a batch of cut matrices.
 
-A placement makes room for this rank's shards of ``b`` equal matrices and hands out what this rank is to
-work on: ``(b', p, q)`` whole matrices, or this rank's rows of matrices whose rows are cut (``q`` is
-always whole), and then ``total`` sums over the ranks that hold the other rows. Everything a placement
-does is the same sequence of collectives on every rank of the group.
+A placement allocates a buffer for this rank's shards of ``b`` equal matrices and returns the matrices that
+this rank works on: ``(b', p, q)`` whole matrices, or this rank's rows of matrices whose rows are cut (``q``
+is always whole), and then ``all_reduce`` sums over the ranks that hold the other rows. Every rank of the
+group issues the same sequence of collectives.
 """
 
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sso_megatron.linalg.polar import Total
+from sso_megatron.linalg.polar import AllReduce
 from sso_megatron.parallel.shards import Shards
 
 Slots = list[list[Tensor]]
@@ -29,51 +29,51 @@ class Placement(Protocol):
     members: range
 
     @property
-    def total(self) -> Total | None:
+    def all_reduce(self) -> AllReduce | None:
         """Sum over the ranks that hold the other rows; None where matrices are handed out whole."""
 
-    def stage(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
-        """Room for ``num_tensors`` tensors of each matrix, and its slots.
+    def allocate(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
+        """A buffer for ``num_tensors`` tensors of each matrix, and its slots.
 
         Args:
             num_tensors: tensors of each matrix.
             options: dtype and device.
         """
 
-    def spread(self, room: Tensor, num_tensors: int) -> Tensor:
-        """``(num_tensors, b', p, q)`` to work on, from the room with its slots filled."""
+    def gather(self, buffer: Tensor, num_tensors: int) -> Tensor:
+        """``(num_tensors, b', p, q)`` to work on, from the buffer with its slots filled."""
 
-    def own(self, values: Tensor) -> list[Tensor]:
+    def local_shards(self, values: Tensor) -> list[Tensor]:
         """This rank's shard of each of ``members``, views of what is worked on, ``(b', p, q)``."""
 
-    def share(self, values: Tensor) -> Tensor:
+    def broadcast_values(self, values: Tensor) -> Tensor:
         """``(b,)`` numbers on every rank from one for each of ``members``, ``(b',)``."""
 
 
 class Local:
     """Matrices that lie whole on this rank. No collectives."""
 
-    total = None
+    all_reduce = None
 
     def __init__(self, num_matrices: int, shape: tuple[int, int]) -> None:
         """Take the size of the batch and its matrices' shape."""
         self.members = range(num_matrices)
         self._shape = shape
 
-    def stage(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
-        """Room for the matrices themselves."""
-        room = torch.empty(num_tensors, len(self.members), *self._shape, **options)
-        return room, [list(tensor.unbind()) for tensor in room]
+    def allocate(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
+        """A buffer for the matrices themselves."""
+        buffer = torch.empty(num_tensors, len(self.members), *self._shape, **options)
+        return buffer, [list(tensor.unbind()) for tensor in buffer]
 
-    def spread(self, room: Tensor, num_tensors: int) -> Tensor:
+    def gather(self, buffer: Tensor, num_tensors: int) -> Tensor:
         """The matrices themselves."""
-        return room
+        return buffer
 
-    def own(self, values: Tensor) -> list[Tensor]:
+    def local_shards(self, values: Tensor) -> list[Tensor]:
         """The matrices themselves."""
         return list(values.unbind())
 
-    def share(self, values: Tensor) -> Tensor:
+    def broadcast_values(self, values: Tensor) -> Tensor:
         """The numbers themselves."""
         return values
 
@@ -81,30 +81,30 @@ class Local:
 class Duplicated:
     """Every rank gathers the whole matrices and does the same work.
 
-    Collectives: one all-gather in ``spread``.
+    Collectives: one all-gather in ``gather``.
     """
 
-    total = None
+    all_reduce = None
 
     def __init__(self, shards: Shards) -> None:
         """Take how the matrices of the batch are cut."""
         self.members = range(len(shards.cuts))
         self._shards = shards
 
-    def stage(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
-        """Room for this rank's shards."""
-        return self._shards.stage(num_tensors, **options)
+    def allocate(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
+        """A buffer for this rank's shards."""
+        return self._shards.allocate(num_tensors, **options)
 
-    def spread(self, room: Tensor, num_tensors: int) -> Tensor:
+    def gather(self, buffer: Tensor, num_tensors: int) -> Tensor:
         """Whole matrices ``(num_tensors, b', m, n)``."""
-        return self._shards.gather(room, num_tensors, self.members)
+        return self._shards.gather(buffer, num_tensors, self.members)
 
-    def own(self, values: Tensor) -> list[Tensor]:
+    def local_shards(self, values: Tensor) -> list[Tensor]:
         """This rank's shards of them."""
         cuts = (self._shards.cuts[i] for i in self.members)
         return [cut.shard(value, self._shards.rank) for cut, value in zip(cuts, values, strict=True)]
 
-    def share(self, values: Tensor) -> Tensor:
+    def broadcast_values(self, values: Tensor) -> Tensor:
         """The numbers themselves: every rank has them."""
         return values
 
@@ -112,10 +112,10 @@ class Duplicated:
 class Owner(Duplicated):
     """Each rank of the group works on its share of the batch's matrices, whole.
 
-    In a step an ``Exchange`` brings the matrices to their owners and the results back; ``stage`` and
-    ``spread`` are for looking at the matrices between steps, and gather all of them on the way.
+    In a step an ``Exchange`` brings the matrices to their owners and the results back; ``allocate`` and
+    ``gather`` are for looking at the matrices between steps, and gather all of them on the way.
 
-    Collectives: one all-gather in ``spread``, one all-reduce in ``share``.
+    Collectives: one all-gather in ``gather``, one all-reduce in ``broadcast_values``.
     """
 
     def __init__(self, shards: Shards, members: range) -> None:
@@ -123,7 +123,7 @@ class Owner(Duplicated):
         super().__init__(shards)
         self.members = members
 
-    def share(self, values: Tensor) -> Tensor:
+    def broadcast_values(self, values: Tensor) -> Tensor:
         """Every owner's numbers."""
         shared = values.new_zeros(len(self._shards.cuts))
         shared[self.members.start : self.members.stop] = values
@@ -135,7 +135,7 @@ class Distributed:
     """Shards stay where they are; what contracts the cut dimension is summed over the group.
 
     Matrices whose columns are cut are handed out transposed. Shards of unequal height are padded with
-    zero rows. Collectives: one all-reduce for each call of ``total``.
+    zero rows. Collectives: one all-reduce for each call of ``all_reduce``.
     """
 
     def __init__(self, shards: Shards) -> None:
@@ -145,26 +145,26 @@ class Distributed:
         self._shapes = [cut.shard_shape(shards.rank) for cut in shards.cuts]
         self._transposes = shards.cuts[0].dim == 1
 
-    def stage(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
-        """Room for the shards as they lie."""
+    def allocate(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
+        """A buffer for the shards as they lie."""
         ranks = range(self._shards.size)
         height = max(cut.shard_shape(rank)[0] for cut in self._shards.cuts for rank in ranks)
-        room = torch.zeros(num_tensors, len(self.members), height, self._shapes[0][1], **options)
-        return room, [self._cropped(tensor) for tensor in room]
+        buffer = torch.zeros(num_tensors, len(self.members), height, self._shapes[0][1], **options)
+        return buffer, [self._cropped(tensor) for tensor in buffer]
 
-    def spread(self, room: Tensor, num_tensors: int) -> Tensor:
+    def gather(self, buffer: Tensor, num_tensors: int) -> Tensor:
         """The shards, cut dimension first."""
-        return room.mT if self._transposes else room
+        return buffer.mT if self._transposes else buffer
 
-    def own(self, values: Tensor) -> list[Tensor]:
+    def local_shards(self, values: Tensor) -> list[Tensor]:
         """The shards as they came."""
         return self._cropped(values.mT if self._transposes else values)
 
-    def share(self, values: Tensor) -> Tensor:
+    def broadcast_values(self, values: Tensor) -> Tensor:
         """The numbers themselves: every rank has them."""
         return values
 
-    def total(self, part: Tensor) -> Tensor:
+    def all_reduce(self, part: Tensor) -> Tensor:
         """The sum of ``part`` over the group; ``part`` may be overwritten."""
         part = part.contiguous()
         dist.all_reduce(part, group=self._shards.tp_group)

@@ -80,7 +80,7 @@ class Shards:
         self.cuts, self.tp_group = cuts, tp_group
         self.size, self.rank = group_size(tp_group), group_rank(tp_group)
 
-    def stage(self, num_tensors: int, **options: Any) -> tuple[Tensor, list[list[Tensor]]]:
+    def allocate(self, num_tensors: int, **options: Any) -> tuple[Tensor, list[list[Tensor]]]:
         """Room for this rank's shards of ``num_tensors`` tensors of each matrix.
 
         Args:
@@ -88,46 +88,46 @@ class Shards:
             options: dtype and device.
 
         Returns:
-            The flat room, of equal size on every rank, and for each tensor the views of it, one for each
+            The flat buffer, of equal size on every rank, and for each tensor the views of it, one for each
             matrix, to copy shards into.
         """
-        room = torch.empty(num_tensors * self.padded_numel(self.cuts, self.size), **options)
-        return room, self._views(room, self.rank, num_tensors)
+        buffer = torch.empty(num_tensors * self.padded_numel(self.cuts, self.size), **options)
+        return buffer, self._views(buffer, self.rank, num_tensors)
 
     @staticmethod
     def padded_numel(cuts: Sequence[Cut], num_ranks: int) -> int:
         """Elements that each rank contributes to an all-gather: those of the rank that holds most."""
         return max(sum(cut.numel(rank) for cut in cuts) for rank in range(num_ranks))
 
-    def gather(self, room: Tensor, num_tensors: int, members: range) -> Tensor:
-        """Whole matrices from what each rank has put into its room.
+    def gather(self, buffer: Tensor, num_tensors: int, members: range) -> Tensor:
+        """Whole matrices from what each rank has put into its buffer.
 
         Collectives: one all-gather over ``tp_group``.
 
         Args:
-            room: from ``stage``, filled.
-            num_tensors: as given to ``stage``.
+            buffer: from ``allocate``, filled.
+            num_tensors: as given to ``allocate``.
             members: matrices wanted on this rank, of ``b'``.
 
         Returns:
             ``(num_tensors, b', m, n)``.
         """
-        gathered = room.new_empty(self.size * room.numel())
-        dist.all_gather_into_tensor(gathered, room, group=self.tp_group)
-        whole = room.new_empty((num_tensors, len(members), *self.cuts[0].shape))
+        gathered = buffer.new_empty(self.size * buffer.numel())
+        dist.all_gather_into_tensor(gathered, buffer, group=self.tp_group)
+        whole = buffer.new_empty((num_tensors, len(members), *self.cuts[0].shape))
         for rank, part in enumerate(gathered.chunk(self.size)):
             for shards, matrices in zip(self._views(part, rank, num_tensors), whole, strict=True):
                 targets = [self.cuts[i].shard(matrices[place], rank) for place, i in enumerate(members)]
                 copy_all_(targets, [shards[i] for i in members])
         return whole
 
-    def _views(self, room: Tensor, rank: int, num_tensors: int) -> list[list[Tensor]]:
+    def _views(self, buffer: Tensor, rank: int, num_tensors: int) -> list[list[Tensor]]:
         views: list[list[Tensor]] = []
         offset = 0
         for _ in range(num_tensors):
             views.append([])
             for cut in self.cuts:
-                views[-1].append(room[offset : offset + cut.numel(rank)].view(cut.shard_shape(rank)))
+                views[-1].append(buffer[offset : offset + cut.numel(rank)].view(cut.shard_shape(rank)))
                 offset += cut.numel(rank)
         return views
 
@@ -137,12 +137,12 @@ def sum_over(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor] | None:
     if dist.get_world_size(group) == 1:
         return None
 
-    def total(part: Tensor) -> Tensor:
+    def all_reduce(part: Tensor) -> Tensor:
         part = part.contiguous()
         dist.all_reduce(part, group=group)
         return part
 
-    return total
+    return all_reduce
 
 
 def norms_of(vectors: Sequence[Tensor], tp_groups: Sequence[Any]) -> Tensor:

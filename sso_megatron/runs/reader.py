@@ -19,7 +19,7 @@ METRICS, MEASURES = "metrics.jsonl", "measures.jsonl"
 
 
 @dataclass(frozen=True)
-class Table:
+class TableHistory:
     """Measurements of one kind of rows: logical matrices, layers, or layers with experts.
 
     Attributes:
@@ -61,7 +61,7 @@ class Run:
     seconds: np.ndarray
     alarms: list[tuple[int, str]]
     criterion: list[Cell]
-    tables: dict[str, Table]
+    tables: dict[str, TableHistory]
 
     @property
     def optimizer(self) -> str:
@@ -147,7 +147,7 @@ def _numbers(values: Iterable[Any]) -> np.ndarray:
     return np.array(known, dtype=np.float64)
 
 
-def _tables(lines: Iterable[dict[str, Any]], measured: set[int] | None) -> dict[str, Table]:
+def _tables(lines: Iterable[dict[str, Any]], measured: set[int] | None) -> dict[str, TableHistory]:
     """The tables of ``measures.jsonl``; rows may change where a run was resumed.
 
     Args:
@@ -189,7 +189,7 @@ def _table(
     rows: list[str],
     found: dict[int, tuple[np.ndarray, dict[str, np.ndarray]]],
     last: dict[str, dict[str, list[float]]],
-) -> Table:
+) -> TableHistory:
     iterations = list(found)
     columns: dict[str, np.ndarray] = {}
     for t, iteration in enumerate(iterations):
@@ -198,4 +198,4 @@ def _table(
             if column not in columns:
                 columns[column] = np.full((len(iterations), len(rows)), np.nan, np.float32)
             columns[column][t, places] = numbers
-    return Table(rows, np.array(iterations, int), columns, last)
+    return TableHistory(rows, np.array(iterations, int), columns, last)

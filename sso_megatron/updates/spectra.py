@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sso_megatron.linalg.block_iteration import iterate_block, unit_columns
-from sso_megatron.linalg.part import Part
 from sso_megatron.linalg.polar import frobenius_norm
 from sso_megatron.linalg.precision import float32_products
+from sso_megatron.linalg.shard_view import ShardView
 
 # Lengths below this many units of rounding of ||M||_F are taken for rounding. What a float32 momentum of
 # rank 1 or 3 does not have came out at 1 to 25 of them, in two of twenty cases at 100 in a first pass.
@@ -79,7 +79,7 @@ def spectra_step_(
     *,
     lr: Tensor | float,
     rule: SpectraRule,
-    part: Part,
+    view: ShardView,
 ) -> SpectraStats:
     """``W <- W - lr update_rms O / (RMS(O) + eps)`` in place, with ``q = min(m, n)``.
 
@@ -101,12 +101,12 @@ def spectra_step_(
         cache: used, and updated in place: a replayed CUDA graph finds it where it was.
         lr: learning rate, a number or a 0-d tensor on the device.
         rule: the step's settings.
-        part: where W and M lie in the whole matrices.
+        view: where W and M lie in the whole matrices.
     """
-    m, n = part.shape
-    U, Y, lengths = iterate_block(M, cache.V, part, num_passes=rule.num_iterations)
-    tail = M.baddbmm_(U, part.own_columns(M, Y).mT, alpha=-1)
-    tail_square = part.sum(frobenius_norm(tail).square())
+    m, n = view.shape
+    U, Y, lengths = iterate_block(M, cache.V, view, num_passes=rule.num_iterations)
+    tail = M.baddbmm_(U, view.own_columns(M, Y).mT, alpha=-1)
+    tail_square = view.sum(frobenius_norm(tail).square())
     norm = (tail_square + lengths.square().sum(dim=-1)).sqrt()
     rounding = _ROUNDING * torch.finfo(M.dtype).eps * norm
     floor = rounding.unsqueeze(-1)
@@ -115,7 +115,7 @@ def spectra_step_(
 
     tail_rms = (tail_square / max(1, min(m, n) - V.size(-1))).sqrt().maximum(rounding)
     spike = U * tail_rms.to(U.dtype)[:, None, None]
-    O = tail.baddbmm_(spike, part.own_columns(M, V).mT)  # noqa: E741
+    O = tail.baddbmm_(spike, view.own_columns(M, V).mT)  # noqa: E741
     num_spikes = V.double().square().sum(dim=(-2, -1))
     rms = (tail_square + tail_rms.square() * num_spikes).sqrt() / math.sqrt(m * n)
     W.addcmul_(O, (-lr * rule.update_rms / (rms + rule.eps)).to(O.dtype)[:, None, None])

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sso_megatron.linalg.block_iteration import iterate_block, unit_columns
-from sso_megatron.linalg.part import Part
 from sso_megatron.linalg.polar import frobenius_norm
 from sso_megatron.linalg.precision import float32_products
+from sso_megatron.linalg.shard_view import ShardView
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def spectral_adam_step_(
     *,
     lr: Tensor | float,
     rule: SpectralAdamRule,
-    part: Part,
+    view: ShardView,
 ) -> SpectralAdamStats:
     """AdamW's step in place, without its weight decay, on ``G`` or ``G / sigma(G)``.
 
@@ -96,10 +96,10 @@ def spectral_adam_step_(
         cache: used, and updated in place.
         lr: learning rate, a number or a 0-d tensor on the device.
         rule: the step's settings.
-        part: where W and G lie in the whole matrices.
+        view: where W and G lie in the whole matrices.
     """
-    norm = part.sum(frobenius_norm(G).square()).sqrt()
-    _, y, lengths = iterate_block(G, cache.v, part)
+    norm = view.sum(frobenius_norm(G).square()).sqrt()
+    _, y, lengths = iterate_block(G, cache.v, view)
     sigma = lengths[:, 0]
     ratio = norm / (cache.norm + rule.eps)
     has_jumped = (ratio > rule.high) | (ratio < rule.low)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sso_megatron.linalg.coefficients import Coefficients
-from sso_megatron.linalg.polar import Total, frobenius_norm
+from sso_megatron.linalg.polar import AllReduce, frobenius_norm
 from sso_megatron.linalg.spectral_clip import spectral_clip
 
 # Where the schedule of c would reach 0, or the learning rate starts from 0: such a step moves nothing.
@@ -84,7 +84,7 @@ def clipped_step_(
     scale: float,
     lr: Tensor | float,
     coefficients: Coefficients,
-    total: Total | None = None,
+    all_reduce: AllReduce | None = None,
     measures: bool = False,
 ) -> Tensor | None:
     """``W <- W - lr scale H_c(U)`` in place.
@@ -96,21 +96,22 @@ def clipped_step_(
         scale: ``alpha`` of the paper.
         lr: learning rate, a number or a 0-d tensor.
         coefficients: Newton-Schulz polynomials.
-        total: sum over the ranks that hold the other rows; None for whole matrices. It is called once,
+        all_reduce: sum over the ranks that hold the other rows; None for whole matrices. It is called once,
             with ``(b, n, n)`` float64 numbers.
-        measures: whether the result is wanted, for which ``total`` is called once more, with ``(b, 2)``.
+        measures: whether the result is wanted, for which ``all_reduce`` is called once more, with
+            ``(b, 2)``.
 
     Returns:
         ``(b,)``, ``1 - ||H_c(U)||_F^2 / ||U||_F^2``: what clipping took away; None if not wanted.
     """
-    H = spectral_clip(U, c, coefficients, total)
+    H = spectral_clip(U, c, coefficients, all_reduce)
     squares = (
         torch.stack([frobenius_norm(H), frobenius_norm(U)], dim=1).double().square() if measures else None
     )
     W.sub_(H.mul_(scale * lr))
     if squares is None:
         return None
-    clipped, unclipped = (squares if total is None else total(squares)).unbind(dim=1)
+    clipped, unclipped = (squares if all_reduce is None else all_reduce(squares)).unbind(dim=1)
     return 1 - torch.where(unclipped > 0, clipped / unclipped, 1)
 
 

@@ -5,7 +5,7 @@ paper, after the momentum: find ``(sigma, u, v)`` of ``W``, retract ``W`` to the
 with ``<u v^T, msign(M + lam u v^T)> = 0``, and step along that ``msign``. MuonSphere is the same
 without the search.
 
-The same body works on whole matrices and on matrices whose rows are cut over ranks: with ``total``,
+The same body works on whole matrices and on matrices whose rows are cut over ranks: with ``all_reduce``,
 the sum over those ranks, every product that contracts the cut dimension is summed, and ``u`` is this
 rank's part of the left singular vector.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sso_megatron.linalg.coefficients import Coefficients
-from sso_megatron.linalg.polar import Total, divide_, frobenius_norm
+from sso_megatron.linalg.polar import AllReduce, divide_, frobenius_norm
 from sso_megatron.linalg.polar_line import CutLine, PolarFactor, PolarLine, WholeLine, add_rank_one
 from sso_megatron.linalg.power_iteration import TopSingular, power_iteration, start_basis
 from sso_megatron.linalg.precision import float32_products
@@ -117,25 +117,27 @@ _COLD_SLOPE = 10.0
 _BRACKET_STEP = 1e-3
 
 
-def blank_cache(W: Tensor, rule: SSORule, total: Total | None = None) -> SpectralCache:
+def blank_cache(W: Tensor, rule: SSORule, all_reduce: AllReduce | None = None) -> SpectralCache:
     """Cache of the right shapes for a batch whose state is known and to be filled in; radii are 1."""
-    basis = start_basis(W, rule.power_block, rows_are_cut=total is not None)
+    basis = start_basis(W, rule.power_block, rows_are_cut=all_reduce is not None)
     lam = W.new_zeros(W.size(0))
     slope = torch.full_like(lam, _COLD_SLOPE)
     return SpectralCache(basis, lam, slope, h=torch.ones_like(lam), radius=torch.ones_like(lam))
 
 
 @float32_products("ieee")
-def start_cache(W: Tensor, rule: SSORule, total: Total | None = None) -> SpectralCache:
+def start_cache(W: Tensor, rule: SSORule, all_reduce: AllReduce | None = None) -> SpectralCache:
     """Cache for a batch that has none; its radii are the spectral norms of the weights.
 
     Args:
         W: ``(b, m, n)`` float32 or float64.
         rule: the step's settings.
-        total: sum over the ranks that hold the other rows; None for whole matrices.
+        all_reduce: sum over the ranks that hold the other rows; None for whole matrices.
     """
-    cache = blank_cache(W, rule, total)
-    top = power_iteration(W, cache.basis, degree=rule.power_degree, num_passes=_COLD_PASSES, total=total)
+    cache = blank_cache(W, rule, all_reduce)
+    top = power_iteration(
+        W, cache.basis, degree=rule.power_degree, num_passes=_COLD_PASSES, all_reduce=all_reduce
+    )
     cache.basis, cache.radius = top.basis, top.sigma
     return cache
 
@@ -158,7 +160,7 @@ def retract_to_spectral_sphere_(
     *,
     lr: Tensor | float,
     rule: SSORule,
-    total: Total | None = None,
+    all_reduce: AllReduce | None = None,
     gram: Tensor | None = None,
 ) -> TopSingular:
     """Find the top singular triplet of every ``W`` and scale it to the sphere, in place.
@@ -168,13 +170,13 @@ def retract_to_spectral_sphere_(
         cache: its basis is used and updated in place, its radius used.
         lr: learning rate, a number or a 0-d tensor, which dynamic retraction needs.
         rule: the step's settings.
-        total: sum over the ranks that hold the other rows; None for whole matrices.
+        all_reduce: sum over the ranks that hold the other rows; None for whole matrices.
         gram: ``(b, n, n)`` ``W^T W`` of all rows, where it is known already.
 
     Returns:
         The triplet of the weight before it was scaled.
     """
-    top = power_iteration(W, cache.basis, degree=rule.power_degree, total=total, gram=gram)
+    top = power_iteration(W, cache.basis, degree=rule.power_degree, all_reduce=all_reduce, gram=gram)
     cache.basis.copy_(top.basis)
     W.mul_(retraction_factor(top.sigma, cache.radius, lr, rule)[:, None, None])
     return top
@@ -189,7 +191,7 @@ def sso_step_(
     scale: Tensor | float,
     lr: Tensor | float,
     rule: SSORule,
-    total: Total | None = None,
+    all_reduce: AllReduce | None = None,
     measures: bool = False,
 ) -> SSOStats:
     """Retract, solve, update: ``W <- retract(W) - lr * scale * Phi`` in place.
@@ -201,21 +203,23 @@ def sso_step_(
         scale: factor of the update, of all or ``(b,)``.
         lr: learning rate, a number or a 0-d tensor on the device, whose value may change between replays.
         rule: the step's settings.
-        total: sum over the ranks that hold the other rows; None for whole matrices. It is called twice a
-            step, with ``(b, n, n + 1)`` and ``(b, n + 1)`` float64 numbers.
+        all_reduce: sum over the ranks that hold the other rows; None for whole matrices. It is called
+            twice a step, with ``(b, n, n + 1)`` and ``(b, n + 1)`` float64 numbers.
         measures: whether the nuclear rank is wanted.
     """
-    if total is None:
+    if all_reduce is None:
         top = retract_to_spectral_sphere_(W, cache, lr=lr, rule=rule)
         norm = frobenius_norm(N)
         line: PolarLine = WholeLine(divide_(N, norm), top, rule.coefficients, rule.products)
     else:
         M = N.double()
-        weight_gram, momentum_gram = _summed_grams(W, M, total)
-        top = retract_to_spectral_sphere_(W, cache, lr=lr, rule=rule, total=total, gram=weight_gram)
+        weight_gram, momentum_gram = _summed_grams(W, M, all_reduce)
+        top = retract_to_spectral_sphere_(
+            W, cache, lr=lr, rule=rule, all_reduce=all_reduce, gram=weight_gram
+        )
         norm = momentum_gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt()
         momentum_gram = divide_(divide_(momentum_gram, norm), norm)
-        line = CutLine(divide_(M, norm), momentum_gram, top, rule.coefficients, total)
+        line = CutLine(divide_(M, norm), momentum_gram, top, rule.coefficients, all_reduce)
     # A momentum that is zero, or subnormal all over, has no direction, and msign(lam u v^T) would be a
     # step along the weight itself.
     moves = norm >= torch.finfo(W.dtype).tiny
@@ -224,7 +228,7 @@ def sso_step_(
     return stats
 
 
-def _summed_grams(W: Tensor, M: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+def _summed_grams(W: Tensor, M: Tensor, all_reduce: AllReduce) -> tuple[Tensor, Tensor]:
     """``W^T W`` in W's dtype and ``M^T M`` in float64, of all rows.
 
     Both are symmetric: the lower triangle of one and the upper of the other travel as one matrix.
@@ -233,7 +237,7 @@ def _summed_grams(W: Tensor, M: Tensor, total: Total) -> tuple[Tensor, Tensor]:
     momentum = M.mT @ M
     packed[..., :-1].tril_().add_(momentum.triu(1))
     packed[..., -1] = momentum.diagonal(dim1=-2, dim2=-1)
-    packed = total(packed)
+    packed = all_reduce(packed)
     both, diagonal = packed[..., :-1], packed[..., -1]
     weight, momentum = both.tril(), both.triu(1)
     weight, momentum = weight + weight.tril(-1).mT, momentum + momentum.mT

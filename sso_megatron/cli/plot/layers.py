@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from sso_megatron.cli.plot import axes as plot_axes
 from sso_megatron.cli.plot.axes import Picture
 from sso_megatron.runs import criterion_table
-from sso_megatron.runs.reader import Run, Table
+from sso_megatron.runs.reader import Run, TableHistory
 
 _MEASURE = "train with --log-spectral-metrics N"
 _PLACES = {"residual": "residual stream", "attention": "attention", "mlp": "MLP"}
@@ -75,13 +75,15 @@ def _known(runs: list[Run], table: str, columns: dict[str, str]) -> bool:
     return any(np.isfinite(found[c]).any() for found in tables for c in columns if c in found)
 
 
-def _draw_mean(axis: Axes, run: Run, table: Table, column: str, number: int) -> None:
+def _draw_mean(axis: Axes, run: Run, table: TableHistory, column: str, number: int) -> None:
     if column in table.columns:
         spread = plot_axes.spread_of(table.columns[column], np.nanmean)
         plot_axes.band(axis, table.iterations, spread, number, run.name)
 
 
-def _draw_layers(axis: Axes, run: Run, table: Table, column: str, number: int, with_first: bool) -> None:
+def _draw_layers(
+    axis: Axes, run: Run, table: TableHistory, column: str, number: int, with_first: bool
+) -> None:
     if column not in table.columns:
         return
     layers, order = _layers(table.rows)

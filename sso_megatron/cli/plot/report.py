@@ -27,7 +27,7 @@ _ID = re.compile(r'(?<=\bid=")(?=[^"])|(?<=url\(#)|(?<=href="#)')
 
 
 @dataclass(frozen=True)
-class Alarm:
+class RepeatedAlarm:
     """An alarm that may have come at many iterations.
 
     Attributes:
@@ -72,14 +72,17 @@ def write(
     return path
 
 
-def alarms(run: Run) -> list[Alarm]:
+def alarms(run: Run) -> list[RepeatedAlarm]:
     """A run's alarms by kind, in order of the first: those that differ in numbers alone are one kind."""
     kinds: dict[str, list[tuple[int, str]]] = {}
     for iteration, text in run.alarms:
         if text.startswith("... and"):  # how many more there were
             continue
         kinds.setdefault(re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "#", text), []).append((iteration, text))
-    return [Alarm(run.name, found[0][1], found[0][0], found[-1][0], len(found)) for found in kinds.values()]
+    return [
+        RepeatedAlarm(run.name, found[0][1], found[0][0], found[-1][0], len(found))
+        for found in kinds.values()
+    ]
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -81,7 +81,7 @@ def on_first_rank(write: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def leaving_together(describe: Callable[[BaseException], str]) -> Iterator[None]:
+def exit_together(describe: Callable[[BaseException], str]) -> Iterator[None]:
     """Run a block that all ranks run; an exception on one of them ends them all within seconds.
 
     Meanwhile a thread asks the store that the process group was made with whether a rank has failed.

@@ -60,8 +60,8 @@ def wrong_optimizer(folder: Path, saved: Any, args: Namespace) -> str | None:
 
 def _kind(name: str) -> Any:
     """What must be equal for the state of one to mean the same in the other."""
-    kind = OPTIMIZERS.get(name)
-    return (kind.prefix, kind.fixed) if kind else name
+    spec = OPTIMIZERS.get(name)
+    return (spec.prefix, spec.fixed) if spec else name
 
 
 # ---------------------------------------------------------------- keys and shapes

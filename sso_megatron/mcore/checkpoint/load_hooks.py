@@ -17,7 +17,7 @@ from sso_megatron.mcore.checkpoint.collective_exit import (
     CheckpointError,
     cause_of,
     check_together,
-    leaving_together,
+    exit_together,
 )
 from sso_megatron.mcore.checkpoint.save_hooks import uses_object_store
 from sso_megatron.mcore.compat import private_api
@@ -69,7 +69,7 @@ def _all_or_none(original: Callable[..., Any]) -> Callable[..., Any]:
         """Collectives, beside Megatron's and those of the hooks below: a barrier at the end."""
         _loading.optimizer = optimizer
         try:
-            with leaving_together(_describe):
+            with exit_together(_describe):
                 return original(ddp_model, optimizer, *args, **kwargs)
         finally:
             _loading.optimizer = None

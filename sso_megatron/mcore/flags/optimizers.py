@@ -28,7 +28,7 @@ CONFIGS: dict[str, type] = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class OptimizerSpec:
     """An optimizer by name.
 
     Attributes:
@@ -52,15 +52,15 @@ class Kind:
         return issubclass(self.optimizer_cls, SSO)
 
 
-OPTIMIZERS: dict[str, Kind] = {
-    "sso": Kind(SSO, "sso"),
-    "muon_sphere": Kind(MuonSphere, "sso"),
-    "spectra": Kind(Spectra, "spectra"),
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "sso": OptimizerSpec(SSO, "sso"),
+    "muon_sphere": OptimizerSpec(MuonSphere, "sso"),
+    "spectra": OptimizerSpec(Spectra, "spectra"),
     **{
-        f"spectra_clip_{base}": Kind(SpectralClip, "spectra_clip", {"base": base})
+        f"spectra_clip_{base}": OptimizerSpec(SpectralClip, "spectra_clip", {"base": base})
         for base in ("adamw", "signum", "ademamix")
     },
-    "spectral_adam": Kind(SpectralAdam, "spectral_adam"),
+    "spectral_adam": OptimizerSpec(SpectralAdam, "spectral_adam"),
 }
 """By the name that ``--optimizer`` takes."""
 
@@ -68,12 +68,12 @@ OPTIMIZERS: dict[str, Kind] = {
 def names_with(prefix: str) -> str:
     """Names of the optimizers that read the settings of a prefix, to be shown."""
     is_shared = prefix == "spectral"
-    return " or ".join(name for name, kind in OPTIMIZERS.items() if is_shared or kind.prefix == prefix)
+    return " or ".join(name for name, spec in OPTIMIZERS.items() if is_shared or spec.prefix == prefix)
 
 
 def flag_fields(prefix: str) -> list["dataclasses.Field[Any]"]:
     """Settings that have a flag: all but those that the optimizer's name says."""
-    fixed = {name for kind in OPTIMIZERS.values() if kind.prefix == prefix for name in kind.fixed}
+    fixed = {name for spec in OPTIMIZERS.values() if spec.prefix == prefix for name in spec.fixed}
     return [f for f in dataclasses.fields(CONFIGS[prefix]) if f.name not in fixed]
 
 

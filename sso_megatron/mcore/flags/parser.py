@@ -81,9 +81,9 @@ def configs_from(args: argparse.Namespace) -> tuple[Any, SpectralConfig]:
     Raises:
         ValueError: a value outside its rule; the message names the flag.
     """
-    kind = OPTIMIZERS[args.optimizer]
-    known = {**kind.fixed, **from_schedule(kind, args)}
-    return config_from(args, kind.prefix, known), config_from(args, "spectral")
+    spec = OPTIMIZERS[args.optimizer]
+    known = {**spec.fixed, **from_schedule(spec, args)}
+    return config_from(args, spec.prefix, known), config_from(args, "spectral")
 
 
 def config_from(

@@ -2,26 +2,26 @@
 
 import argparse
 
-from sso_megatron.mcore.flags.optimizers import Kind, flags_of
+from sso_megatron.mcore.flags.optimizers import OptimizerSpec, flags_of
 
 
-def from_schedule(kind: Kind, args: argparse.Namespace) -> dict[str, int]:
+def from_schedule(spec: OptimizerSpec, args: argparse.Namespace) -> dict[str, int]:
     """Settings that stand at 0 and that the run's own length and warmup give.
 
     Args:
-        kind: of the optimizer.
+        spec: of the optimizer.
         args: Megatron's, parsed and not validated yet.
 
     Raises:
         ValueError: the run is told in samples, and not all batches have the same number of them.
     """
     names = ("train_steps", "c_warmup_steps")
-    missing = [name for name in names if kind.prefix == "spectra_clip" and not _of_clip(args, name)]
+    missing = [name for name in names if spec.prefix == "spectra_clip" and not _of_clip(args, name)]
     if not missing:
         return {}
     varies = [flag for flag in ("rampup_batch_size", "step_batch_size_schedule") if getattr(args, flag)]
     if varies and args.train_samples:
-        flag, wanted = varies[0].replace("_", "-"), flags_of(kind.prefix, missing)
+        flag, wanted = varies[0].replace("_", "-"), flags_of(spec.prefix, missing)
         raise ValueError(
             f"--train-samples with --{flag}: does not tell the number of steps, which --optimizer "
             f"{args.optimizer} goes by; give {wanted} (1 for no warmup of c)"

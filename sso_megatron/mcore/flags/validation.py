@@ -3,7 +3,14 @@
 import argparse
 
 from sso_megatron.mcore.compat import versions
-from sso_megatron.mcore.flags.optimizers import CONFIGS, OPTIMIZERS, Kind, flag_fields, flags_of, names_with
+from sso_megatron.mcore.flags.optimizers import (
+    CONFIGS,
+    OPTIMIZERS,
+    OptimizerSpec,
+    flag_fields,
+    flags_of,
+    names_with,
+)
 
 
 def check_request(args: argparse.Namespace) -> None:
@@ -49,14 +56,14 @@ def _check_experts(args: argparse.Namespace) -> None:
         )
 
 
-def _check_combinations(args: argparse.Namespace, kind: Kind) -> None:
+def _check_combinations(args: argparse.Namespace, spec: OptimizerSpec) -> None:
     """Refuse our own settings that contradict each other or do nothing."""
     if args.spectral_mup_init and args.sso_radius_mode == "from_weights":
         raise ValueError(
             "--sso-radius-mode from_weights with --spectral-mup-init: weights are drawn for radii that "
             "the weights themselves would give; leave one out"
         )
-    if not kind.has_spheres:
+    if not spec.has_spheres:
         unknown = {
             "spectral_mup_init": "it keeps weights on no spheres",
             "use_mup": "its learning rates under muP are not known",
@@ -70,11 +77,11 @@ def _check_combinations(args: argparse.Namespace, kind: Kind) -> None:
             "--spectral-tp-mode owner with --optimizer spectral_adam: its averages stay with the shards; "
             "use distributed"
         )
-    if kind.prefix == "spectra_clip":
-        base = kind.fixed["base"]
-        idle = [n for n in _changed(args, kind.prefix) if base not in _BASES.get(n, (base,))]
+    if spec.prefix == "spectra_clip":
+        base = spec.fixed["base"]
+        idle = [n for n in _changed(args, spec.prefix) if base not in _BASES.get(n, (base,))]
         if idle:
-            flags = flags_of(kind.prefix, idle)
+            flags = flags_of(spec.prefix, idle)
             raise ValueError(f"{flags} with --optimizer {args.optimizer}: has no effect; leave it out")
     if args.optimizer == "muon_sphere":
         idle = [n for n in _changed(args, "sso") if n == "tangent" or n.startswith("solver")]
@@ -83,7 +90,7 @@ def _check_combinations(args: argparse.Namespace, kind: Kind) -> None:
                 f"{flags_of('sso', idle)} with --optimizer muon_sphere: MuonSphere does not look at "
                 "the tangent space; leave it out, or use --optimizer sso"
             )
-    for prefix in ("spectral", kind.prefix):
+    for prefix in ("spectral", spec.prefix):
         for name in _changed(args, prefix):
             other, needed = _READ_ONLY_WITH.get(prefix, {}).get(
                 name, (name, getattr(args, f"{prefix}_{name}"))
@@ -101,8 +108,8 @@ _OF_ADAMW = ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "weight_dec
 
 def unread_flags(args: argparse.Namespace) -> str | None:
     """A line on Megatron's flags for AdamW where AdamW gets no parameter, if they differ from ours."""
-    kind = OPTIMIZERS.get(args.optimizer)
-    if kind is None or kind.prefix != "spectra_clip" or args.spectral_exclude:
+    spec = OPTIMIZERS.get(args.optimizer)
+    if spec is None or spec.prefix != "spectra_clip" or args.spectral_exclude:
         return None
     from megatron.training.arguments import add_megatron_arguments
 
@@ -187,9 +194,9 @@ def refuse_idle_flags(args: argparse.Namespace) -> None:
     Raises:
         ValueError: with the flags and the way out.
     """
-    kind = OPTIMIZERS.get(args.optimizer)
+    spec = OPTIMIZERS.get(args.optimizer)
     for prefix in CONFIGS:
-        is_read = kind is not None and prefix in ("spectral", kind.prefix)
+        is_read = spec is not None and prefix in ("spectral", spec.prefix)
         changed = [] if is_read else _changed(args, prefix)
         if prefix == "spectral" and args.log_spectral_criterion is not None:
             changed = [name for name in changed if name not in _READ_BY_CRITERION]

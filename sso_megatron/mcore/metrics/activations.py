@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sso_megatron.mcore.metrics.rank_gather import Sheet
+from sso_megatron.mcore.metrics.rank_gather import Contribution
 from sso_megatron.mcore.parameters.names import global_names
 from sso_megatron.runs.tables import Table
 
@@ -50,13 +50,13 @@ class ActivationMeter:
         self._routed = [row for row in self._rows if "router" in self._modules[row]]
 
     @property
-    def sheets(self) -> dict[str, Sheet]:
+    def contributions(self) -> dict[str, Contribution]:
         """What this rank reports: its part of the tokens, for each layer that it has."""
         rank = dist.get_rank()
         loads = tuple(f"load{expert}" for expert in range(self._num_experts))
         return {
-            "layers": Sheet([(row, rank) for row in self._rows], _SUMS, _MAXIMA),
-            "experts": Sheet([(row, rank) for row in self._routed], loads),
+            "layers": Contribution([(row, rank) for row in self._rows], _SUMS, _MAXIMA),
+            "experts": Contribution([(row, rank) for row in self._routed], loads),
         }
 
     def start(self) -> None:
@@ -77,7 +77,7 @@ class ActivationMeter:
                 self._undo.append(module.register_forward_hook(_at(self._hook(kind), where)).remove)
 
     def finish(self) -> dict[str, Tensor]:
-        """Numbers of ``sheets``; what is not finite is infinite."""
+        """Numbers of ``contributions``; what is not finite is infinite."""
         for undo in self._undo:
             undo()
         sums = torch.stack([self._squares, self._counts], dim=2).flatten(1).float()

@@ -19,7 +19,7 @@ from torch import Tensor
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.linalg.nuclear_norm import norms
 from sso_megatron.matrices.layout import ParameterLayout
-from sso_megatron.mcore.metrics.input_stable_rank import ActivationMeter
+from sso_megatron.mcore.metrics.input_stable_rank import InputStableRank
 from sso_megatron.mcore.parameters.layouts import ModelParameter, has_rule, layout_of, model_parameters
 from sso_megatron.optimizers.batches import Member
 from sso_megatron.optimizers.config import SpectralConfig
@@ -31,12 +31,12 @@ from sso_megatron.parallel.shards import Cut
 # for one of 1e4 times the others; with eight 1e-2.
 _STEPS = 10
 
-Rows = dict[str, dict[str, float | None]]
+CriterionRows = dict[str, dict[str, float | None]]
 """Of each weight: ``nuclear_rank``, ``stable_rank`` and ``gain``; None where it is not known."""
 
 
 @dataclass
-class Part:
+class RankMeasurements:
     """What a rank knows of a step.
 
     Attributes:
@@ -49,7 +49,7 @@ class Part:
     norms: dict[str, tuple[str, str, float, float]] = field(default_factory=dict)
 
 
-def rows(parts: Iterable[Part]) -> Rows:
+def rows(parts: Iterable[RankMeasurements]) -> CriterionRows:
     """The criterion of every weight, from all ranks' parts.
 
     Logical matrices of one kind in one weight, such as the heads' queries, make up one row: the norms'
@@ -64,7 +64,7 @@ def rows(parts: Iterable[Part]) -> Rows:
     for weight, kind, nuclear, frobenius in gradients.values():
         above, below = sums.get((weight, kind), (0.0, 0.0))
         sums[weight, kind] = (above + nuclear**2, below + frobenius**2)
-    found: Rows = {}
+    found: CriterionRows = {}
     for (weight, kind), (above, below) in sums.items():
         nuclear_rank = above / below if below > 0 and math.isfinite(above / below) else None
         stable_rank = stable_ranks.get(weight)
@@ -89,9 +89,9 @@ class Criterion:
         """Take the number of iterations and how matrices are found."""
         self._interval = interval
         self._shared = replace(shared, tp_mode="auto")
-        self._parts: dict[int, Part] = {}
+        self._parts: dict[int, RankMeasurements] = {}
 
-    def take_parts(self) -> dict[int, Part]:
+    def take(self) -> dict[int, RankMeasurements]:
         """This rank's part of what was measured since the last call, by iteration."""
         parts, self._parts = self._parts, {}
         return parts
@@ -108,12 +108,12 @@ class Criterion:
             groups = ProcessGroupCollection.use_mpu_process_groups()
             is_tied = _is_tied(model)
             parameters = [p for p in model_parameters(model, groups) if _is_known(p, is_tied)]
-            meter = ActivationMeter([p for p in parameters if not _is_shared(p, is_tied)], groups)
+            meter = InputStableRank([p for p in parameters if not _is_shared(p, is_tied)], groups)
             finalize = config.finalize_model_grads_func
 
             def finalize_and_measure(*a: Any, **k: Any) -> None:
                 finalize(*a, **k)
-                self._parts[iteration + 1] = Part(
+                self._parts[iteration + 1] = RankMeasurements(
                     meter.stable_ranks(), _gradient_norms(model, parameters, self._shared, groups)
                 )
 
@@ -182,8 +182,8 @@ def _gradient_norms(
     coefficients = polar_coefficients("polar_express", _STEPS)
     found = {}
     for batch in schedule.batches:
-        G, placement = batch.spread(_read_gradients)
-        nuclear, frobenius = norms(G, coefficients, placement.total)
+        G, placement = batch.gather(_read_gradients)
+        nuclear, frobenius = norms(G, coefficients, placement.all_reduce)
         values = torch.stack([nuclear, frobenius], dim=1).tolist()
         for member, (above, below) in zip(batch.members, values, strict=True):
             kind = re.sub(r"\d+$", "", member.split.label)

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sso_megatron.linalg.part import Part
-from sso_megatron.linalg.stable_rank import COLUMNS, Rows, add_rows, squared_norms
+from sso_megatron.linalg.shard_view import ShardView
+from sso_megatron.linalg.stable_rank import COLUMNS, StreamedRows, add_rows, squared_norms
 from sso_megatron.mcore.parameters.layouts import ModelParameter
 from sso_megatron.parallel.shards import sum_over
 
 
-class ActivationMeter:
+class InputStableRank:
     """Looks on from when it is made until ``stable_ranks``; nothing of the model changes.
 
     Incoming activations ``A`` have a row for each token of the step, padding included. For an embedding
@@ -39,7 +39,9 @@ class ActivationMeter:
         self._counts = {p.name: _zeros(p, p.module.num_embeddings, dtype=torch.int64) for p in embeddings}
         self._linear = {p.name: p for p in parameters if p.name not in self._counts}
         # Also of what nothing will come into here: ranks that share weights take part in the same sums.
-        self._rows = {name: Rows(_zeros(p, dtype=torch.float64)) for name, p in self._linear.items()}
+        self._rows = {
+            name: StreamedRows(_zeros(p, dtype=torch.float64)) for name, p in self._linear.items()
+        }
         by_module: dict[Any, list[ModelParameter]] = {}
         for p in parameters:
             by_module.setdefault(p.module, []).append(p)
@@ -108,8 +110,8 @@ def _zeros(p: ModelParameter, *shape: int, dtype: torch.dtype = torch.float32) -
 
 
 def _summed(x: Tensor, group: Any) -> Tensor:
-    total = sum_over(group)
-    return x if total is None else total(x)
+    all_reduce = sum_over(group)
+    return x if all_reduce is None else all_reduce(x)
 
 
 def _width(p: ModelParameter) -> int:
@@ -117,11 +119,11 @@ def _width(p: ModelParameter) -> int:
     return p.param.size(-1) * (p.tp_size if p.partition_dim == 1 else 1)
 
 
-def _part(p: ModelParameter) -> Part:
+def _part(p: ModelParameter) -> ShardView:
     """Which columns of the activations come into this rank's shard."""
     if p.partition_dim != 1:
-        return Part((0, _width(p)))
-    return Part((0, _width(p)), sum_over(p.tp_group), p.tp_rank * p.param.size(-1))
+        return ShardView((0, _width(p)))
+    return ShardView((0, _width(p)), sum_over(p.tp_group), p.tp_rank * p.param.size(-1))
 
 
 def _normed(module: Any, x: Tensor) -> Tensor:

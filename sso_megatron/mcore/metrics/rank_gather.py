@@ -15,7 +15,7 @@ Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Sheet:
+class Contribution:
     """What a rank contributes to a table, always the same.
 
     Attributes:
@@ -54,34 +54,34 @@ class _Places:
     row: np.ndarray
 
 
-class SheetGather:
+class RankGather:
     """Agrees once which rank sends what.
 
     Collectives: one gather of objects over the world at construction; ``vector`` and ``tables`` issue none.
     """
 
-    def __init__(self, sheets: Mapping[str, Sheet]) -> None:
+    def __init__(self, contributions: Mapping[str, Contribution]) -> None:
         """Take this rank's sheets; every rank has sheets of the same names, and those with keys columns."""
         everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, dict(sheets))
+        dist.all_gather_object(everywhere, dict(contributions))
         # A rank that has no spectral weights does not know their columns.
-        self._sheets = {
-            name: next((found[name] for found in everywhere if found[name].num_columns), sheet)
-            for name, sheet in sheets.items()
+        self._contributions = {
+            name: next((found[name] for found in everywhere if found[name].num_columns), contribution)
+            for name, contribution in contributions.items()
         }
-        self.width = max(sum(sheet.numel for sheet in found.values()) for found in everywhere)
-        self._places = {name: self._find(name, everywhere) for name in sheets}
+        self.width = max(sum(contribution.numel for contribution in found.values()) for found in everywhere)
+        self._places = {name: self._find(name, everywhere) for name in contributions}
 
-    def _find(self, name: str, everywhere: list[dict[str, Sheet]]) -> _Places:
+    def _find(self, name: str, everywhere: list[dict[str, Contribution]]) -> _Places:
         found: dict[Key, int] = {}
         for rank, theirs in enumerate(everywhere):
             start = rank * self.width
-            for other, sheet in theirs.items():
+            for other, contribution in theirs.items():
                 if other == name:
-                    for k, key in enumerate(sheet.keys):
-                        found.setdefault(key, start + k * sheet.num_columns)
+                    for k, key in enumerate(contribution.keys):
+                        found.setdefault(key, start + k * contribution.num_columns)
                     break
-                start += sheet.numel
+                start += contribution.numel
         rows = sorted({row for row, _ in found}, key=natural_order)
         places = {row: place for place, row in enumerate(rows)}
         first = np.fromiter(found.values(), dtype=np.int64, count=len(found))
@@ -89,21 +89,23 @@ class SheetGather:
 
     def vector(self, values: Mapping[str, Tensor]) -> Tensor:
         """This rank's numbers, ``(width,)`` float32, from ``(keys, columns)`` of each sheet."""
-        parts = [values[name].float().flatten() for name in self._sheets]
+        parts = [values[name].float().flatten() for name in self._contributions]
         filled = sum(part.numel() for part in parts)
         return torch.cat([*parts, torch.zeros(self.width - filled, device=parts[0].device)])
 
     def tables(self, gathered: np.ndarray) -> dict[str, tuple[tuple[str, ...], dict[str, np.ndarray]]]:
         """Rows and columns ``(rows,)`` float64 of each sheet, from ``(world, width)`` numbers."""
         flat, tables = gathered.reshape(-1).astype(np.float64), {}
-        for name, sheet in self._sheets.items():
+        for name, contribution in self._contributions.items():
             places = self._places[name]
-            values = flat[places.first[:, None] + np.arange(sheet.num_columns)]
-            sums = np.zeros((len(places.rows), len(sheet.sums)))
-            np.add.at(sums, places.row, values[:, : len(sheet.sums)])
-            maxima = np.full((len(places.rows), len(sheet.maxima)), -np.inf)
-            np.maximum.at(maxima, places.row, values[:, len(sheet.sums) :])
-            columns = dict(zip((*sheet.sums, *sheet.maxima), [*sums.T, *maxima.T], strict=True))
+            values = flat[places.first[:, None] + np.arange(contribution.num_columns)]
+            sums = np.zeros((len(places.rows), len(contribution.sums)))
+            np.add.at(sums, places.row, values[:, : len(contribution.sums)])
+            maxima = np.full((len(places.rows), len(contribution.maxima)), -np.inf)
+            np.maximum.at(maxima, places.row, values[:, len(contribution.sums) :])
+            columns = dict(
+                zip((*contribution.sums, *contribution.maxima), [*sums.T, *maxima.T], strict=True)
+            )
             tables[name] = places.rows, columns
         return tables
 

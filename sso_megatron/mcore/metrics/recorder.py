@@ -22,7 +22,7 @@ from sso_megatron.mcore.metrics.criterion import Criterion
 from sso_megatron.mcore.metrics.criterion import rows as criterion_rows
 from sso_megatron.mcore.metrics.run_description import describe
 from sso_megatron.mcore.metrics.step_metrics import Metrics
-from sso_megatron.mcore.optimizer.registration import spectral_parts
+from sso_megatron.mcore.optimizer.registration import spectral_optimizers
 from sso_megatron.optimizers.sso import SSO
 from sso_megatron.runs import criterion_table
 from sso_megatron.runs.alarms import Alarms, lines
@@ -117,7 +117,7 @@ class Recorder:
 
         def train(forward_step: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             # Megatron drops its optimizer when training ends; finish() still needs it.
-            self._optimizers = [part for part in spectral_parts(optimizer) if isinstance(part, SSO)]
+            self._optimizers = [part for part in spectral_optimizers(optimizer) if isinstance(part, SSO)]
             if self._files is not None:  # not before: Megatron has just found the number of iterations
                 self._files.write_run(describe(self._options))
             began = time.monotonic()
@@ -251,7 +251,7 @@ class Recorder:
 
     def _gather_criterion(self) -> dict[int, Any]:
         """The criterion by iteration, if it was measured since the last call."""
-        mine = self._criterion.take_parts() if self._criterion else {}
+        mine = self._criterion.take() if self._criterion else {}
         if not mine:
             return {}
         everywhere: list[Any] = [None] * dist.get_world_size()

@@ -10,9 +10,9 @@ from torch import Tensor
 from sso_megatron.mcore.metrics import activations as activation_meter
 from sso_megatron.mcore.metrics import weights as weight_meter
 from sso_megatron.mcore.metrics.activations import ActivationMeter
-from sso_megatron.mcore.metrics.rank_gather import SheetGather
+from sso_megatron.mcore.metrics.rank_gather import RankGather
 from sso_megatron.mcore.metrics.weights import WeightMeter
-from sso_megatron.mcore.optimizer.registration import spectral_parts
+from sso_megatron.mcore.optimizer.registration import spectral_optimizers
 from sso_megatron.runs.tables import Tables
 
 
@@ -28,7 +28,7 @@ class Metrics:
         self._interval = interval
         self._sees_activations = sees_activations
         self._meters: list[Any] = []
-        self._gather: SheetGather | None = None
+        self._gather: RankGather | None = None
         self._taken: Tensor | None = None
 
     def around_train_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,10 +57,12 @@ class Metrics:
 
         groups = ProcessGroupCollection.use_mpu_process_groups()
         is_sharded = get_args().use_layer_wise_distributed_optimizer
-        self._meters = [WeightMeter(spectral_parts(optimizer), is_sharded, groups)]
+        self._meters = [WeightMeter(spectral_optimizers(optimizer), is_sharded, groups)]
         if self._sees_activations:
             self._meters.append(ActivationMeter(model, groups))
-        self._gather = SheetGather({name: s for meter in self._meters for name, s in meter.sheets.items()})
+        self._gather = RankGather(
+            {name: s for meter in self._meters for name, s in meter.contributions.items()}
+        )
 
     @property
     def has_taken(self) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sso_megatron.mcore.metrics.rank_gather import Key, Sheet
+from sso_megatron.mcore.metrics.rank_gather import Contribution, Key
 from sso_megatron.mcore.parameters.names import expert_by_itself
 from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.measures import StepMeasures
@@ -51,11 +51,11 @@ class WeightMeter:
         self._columns = tuple(sorted(columns, key=order.index))
 
     @property
-    def sheets(self) -> dict[str, Sheet]:
+    def contributions(self) -> dict[str, Contribution]:
         """What this rank reports: parts of matrices, and matrices that it works on."""
         return {
-            "parts": Sheet([key for _, key in self._parts], sums=_PARTS),
-            "whole": Sheet([key for _, key in self._whole], sums=self._columns),
+            "parts": Contribution([key for _, key in self._parts], sums=_PARTS),
+            "whole": Contribution([key for _, key in self._whole], sums=self._columns),
         }
 
     def start(self) -> None:
@@ -64,7 +64,7 @@ class WeightMeter:
             optimizer.measures = StepMeasures()
 
     def finish(self) -> dict[str, Tensor]:
-        """Numbers of ``sheets``; NaN where no step was taken."""
+        """Numbers of ``contributions``; NaN where no step was taken."""
         parts: dict[str, Tensor] = {}
         whole: dict[str, Tensor] = {}
         for optimizer in self._optimizers:

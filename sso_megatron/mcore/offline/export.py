@@ -29,7 +29,7 @@ from sso_megatron.optimizers.config import SSOConfig
 
 
 @dataclass(frozen=True)
-class Matrix:
+class ExportedMatrix:
     """A logical matrix of the model in this process, whole.
 
     Attributes:
@@ -48,7 +48,7 @@ class Matrix:
 
 
 @torch.no_grad()
-def retract_(chunks: list[Any], checkpoint: Checkpoint) -> list[Matrix]:
+def retract_(chunks: list[Any], checkpoint: Checkpoint) -> list[ExportedMatrix]:
     """Scale every logical matrix of the model to its radius, in place.
 
     Returns:
@@ -72,7 +72,7 @@ def retract_(chunks: list[Any], checkpoint: Checkpoint) -> list[Matrix]:
             if not norm > 0:
                 raise ValueError(f"{name} in {checkpoint.folder} has norm {norm}: no place on a sphere")
             split.write_(param, W * (radius / norm))
-            matrices.append(Matrix(name, param, split, radius, norm))
+            matrices.append(ExportedMatrix(name, param, split, radius, norm))
     return matrices
 
 
@@ -115,9 +115,9 @@ def stored_radii(folder: Path) -> dict[str, float]:
     return radii
 
 
-def named_tensors(chunks: list[Any], matrices: list[Matrix]) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(chunks: list[Any], matrices: list[ExportedMatrix]) -> Iterator[tuple[str, Tensor]]:
     """Every logical matrix and every other weight or buffer of the model, by global name."""
-    held: dict[int, list[Matrix]] = {}
+    held: dict[int, list[ExportedMatrix]] = {}
     for matrix in matrices:
         held.setdefault(id(matrix.param), []).append(matrix)
     for chunk in chunks:

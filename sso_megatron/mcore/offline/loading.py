@@ -31,7 +31,7 @@ from sso_megatron.mcore.flags.parser import config_from, configs_from
 from sso_megatron.mcore.rehearsal import rehearsal
 from sso_megatron.optimizers.config import SpectralConfig
 
-_WITH_SPHERES = " and ".join(name for name, kind in OPTIMIZERS.items() if kind.has_spheres)
+_WITH_SPHERES = " and ".join(name for name, spec in OPTIMIZERS.items() if spec.has_spheres)
 # What says which matrices there are and how large their spheres: never taken from our defaults.
 _DECISIVE = (
     *("optimizer", "sso_radius_mode", "sso_radius_scaler"),
@@ -206,8 +206,8 @@ def read_checkpoint(folder: Path, *, needs_spheres: bool = True) -> Checkpoint:
 
 
 def _check_spheres(folder: Path, stored: argparse.Namespace) -> None:
-    kind = OPTIMIZERS.get(stored.optimizer)
-    if kind is None or not kind.has_spheres:
+    spec = OPTIMIZERS.get(stored.optimizer)
+    if spec is None or not spec.has_spheres:
         raise ValueError(
             f"{folder} was trained with --optimizer {stored.optimizer}: only {_WITH_SPHERES} "
             "hold weights on spheres, so there is nothing to retract; use it as it is"

@@ -25,11 +25,11 @@ from torch import Tensor
 from sso_megatron.mcore.compat.private_api import grads_for_norm
 from sso_megatron.mcore.optimizer.megatron_state import (
     ParameterState,
-    Part,
-    WholePart,
+    StateAdapter,
+    WholeStateAdapter,
     leaves,
-    parts_of,
     set_step,
+    state_adapters,
     step_of,
 )
 from sso_megatron.mcore.parameters.names import OPTIONAL_STATE, STATE, expert_by_itself
@@ -102,7 +102,7 @@ class SpectralChain(ChainedOptimizer):
             model_sharded_state_dict: Megatron's, of the model's parameters.
             is_loading: make tensors to load into.
         """
-        parts = list(parts_of(self))
+        parts = list(state_adapters(self))
         entries = _entries_by_parameter(model_sharded_state_dict)
         states = (s for part in parts for s in (part.targets() if is_loading else part.read()))
         sharded: dict[str, Any] = {
@@ -130,7 +130,7 @@ class SpectralChain(ChainedOptimizer):
                 f"the optimizer's state has form {state_dict[_FORM]}, and this version reads {_VERSION}; "
                 "load it with the version that saved it, or start the optimizer anew with --no-load-optim"
             )
-        index, parts = itertools.count(), list(parts_of(self))
+        index, parts = itertools.count(), list(state_adapters(self))
         for part in parts:
             part.write_(
                 replace(state, tensors=state_dict["state"][str(next(index))]) for state in part.targets()
@@ -140,7 +140,7 @@ class SpectralChain(ChainedOptimizer):
 
 
 def _spectral_objects(
-    parts: list[Part], entries: dict[int, Any], is_loading: bool
+    parts: list[StateAdapter], entries: dict[int, Any], is_loading: bool
 ) -> dict[str, ShardedObject]:
     """One object for each logical matrix that this rank works on."""
     objects = {}
@@ -163,7 +163,7 @@ def _spectral_objects(
     return objects
 
 
-def _load_spectral(parts: list[Part], loaded: dict[str, Any]) -> None:
+def _load_spectral(parts: list[StateAdapter], loaded: dict[str, Any]) -> None:
     num_missing = num_matrices = 0
     for _, optimizer in _spectral(parts):
         states = {}
@@ -185,9 +185,9 @@ def _load_spectral(parts: list[Part], loaded: dict[str, Any]) -> None:
         )
 
 
-def _spectral(parts: list[Part]) -> Iterator[tuple[WholePart, SpectralOptimizer]]:
+def _spectral(parts: list[StateAdapter]) -> Iterator[tuple[WholeStateAdapter, SpectralOptimizer]]:
     for part in parts:
-        if isinstance(part, WholePart) and isinstance(part.inner, SpectralOptimizer):
+        if isinstance(part, WholeStateAdapter) and isinstance(part.inner, SpectralOptimizer):
             yield part, part.inner
 
 

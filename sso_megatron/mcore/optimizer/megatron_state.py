@@ -37,7 +37,7 @@ class ParameterState:
     replica: int | None = None
 
 
-class Part(Protocol):
+class StateAdapter(Protocol):
     """One optimizer of a chain.
 
     Attributes:
@@ -65,14 +65,14 @@ def leaves(optimizers: Iterable[Any]) -> Iterator[Any]:
             yield optimizer
 
 
-def parts_of(chain: ChainedOptimizer) -> Iterator[Part]:
+def state_adapters(chain: ChainedOptimizer) -> Iterator[StateAdapter]:
     """The parts of what Megatron built, in the same order on every rank, with their state made."""
     for member in chain.chained_optimizers:
         is_sharded = isinstance(member, LayerWiseDistributedOptimizer)
         for optimizer in leaves([member]):
             _init_state(optimizer)
             is_cut = isinstance(optimizer, DistributedOptimizer)
-            yield ShardedPart(optimizer) if is_cut else WholePart(optimizer, is_sharded)
+            yield ShardedStateAdapter(optimizer) if is_cut else WholeStateAdapter(optimizer, is_sharded)
 
 
 def _init_state(optimizer: Any) -> None:
@@ -109,7 +109,7 @@ def set_step(inner: torch.optim.Optimizer, step: int) -> None:
             state["step"] = torch.full_like(state["step"], step)
 
 
-class WholePart:
+class WholeStateAdapter:
     """An optimizer of whole parameters: Megatron's in float32 or with float32 masters.
 
     Attributes:
@@ -155,7 +155,7 @@ class WholePart:
                 target.copy_(value)
 
 
-class ShardedPart:
+class ShardedStateAdapter:
     """Megatron's ``DistributedOptimizer``: each data-parallel rank has a range of each bucket.
 
     Its own ways into a checkpoint (0.19) either fix the layout or fail on torch's AdamW: they expect a

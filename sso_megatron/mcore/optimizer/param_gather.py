@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sso_megatron.mcore.compat.private_api import SHARDED_WHOLE
-from sso_megatron.mcore.optimizer.megatron_state import WholePart, leaves
+from sso_megatron.mcore.optimizer.megatron_state import WholeStateAdapter, leaves
 from sso_megatron.parallel.shards import copy_all_
 
 
@@ -53,7 +53,7 @@ class ParamGather:
             optimizers: each with this rank's matrices; there may be none.
             model_chunks: wrapped in Megatron's DDP, with buffers that are sharded.
         """
-        parts = [WholePart(optimizer, is_sharded=True) for optimizer in leaves(optimizers)]
+        parts = [WholeStateAdapter(optimizer, is_sharded=True) for optimizer in leaves(optimizers)]
         self._inner: list[Any] = [part.inner for part in parts]
         self._model_params = {held: param for part in parts for param, held in part.parameters()}
         self._buckets = _in_order(model_chunks)

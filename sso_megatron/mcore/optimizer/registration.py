@@ -11,7 +11,7 @@ from torch import Tensor
 from sso_megatron.matrices.layout import ParameterLayout
 from sso_megatron.mcore.compat import private_api, versions
 from sso_megatron.mcore.errors import UnsupportedError
-from sso_megatron.mcore.flags.optimizers import OPTIMIZERS, Kind
+from sso_megatron.mcore.flags.optimizers import OPTIMIZERS, OptimizerSpec
 from sso_megatron.mcore.optimizer.buffer_layout import ShardLayout, step_costs
 from sso_megatron.mcore.parameters.initialization import initialize_by_name
 from sso_megatron.mcore.parameters.layouts import LayoutTable, ModelParameter, layout_of, model_parameters
@@ -40,9 +40,9 @@ def register(config: Any = None, shared: SpectralConfig | None = None) -> None:
     """
     versions.check_versions()
     shared = shared or SpectralConfig()
-    for name, kind in OPTIMIZERS.items():
+    for name, spec in OPTIMIZERS.items():
         private_api.registry()[name] = private_api.registry_entry(
-            kind.optimizer_cls,
+            spec.optimizer_cls,
             init_state_fn=lambda optimizer, config=None: optimizer.init_state(),
             config_to_kwargs=_config_to_kwargs(name, config, shared),
             overrides=_overrides(),
@@ -102,16 +102,16 @@ def _config_to_kwargs(name: str, config: Any, shared: SpectralConfig) -> Callabl
     return build
 
 
-def _checked(name: str, kind: Kind, config: Any) -> Any:
+def _checked(name: str, spec: OptimizerSpec, config: Any) -> Any:
     """The configuration to build ``name`` with."""
-    if config is None and not kind.fixed:
-        return kind.config_cls()
-    wanted = ", ".join(f"{key}={value!r}" for key, value in kind.fixed.items())
-    fits = isinstance(config, kind.config_cls)
-    if not fits or any(getattr(config, key) != value for key, value in kind.fixed.items()):
+    if config is None and not spec.fixed:
+        return spec.config_cls()
+    wanted = ", ".join(f"{key}={value!r}" for key, value in spec.fixed.items())
+    fits = isinstance(config, spec.config_cls)
+    if not fits or any(getattr(config, key) != value for key, value in spec.fixed.items()):
         raise ValueError(
             f"optimizer={name!r} was registered with {type(config).__name__}; give register() "
-            f"{kind.config_cls.__name__}({wanted})"
+            f"{spec.config_cls.__name__}({wanted})"
         )
     return config
 
@@ -177,10 +177,10 @@ def prepare_for_shards(model_chunks: Sequence[Any], pg_collection: Any) -> None:
     _current.shard_layout = ShardLayout(step_costs(layouts))
 
 
-def spectral_parts(optimizer: Any) -> list[SpectralOptimizer]:
+def spectral_optimizers(optimizer: Any) -> list[SpectralOptimizer]:
     """The spectral optimizers inside what Megatron built, in the same order on every rank."""
     if hasattr(optimizer, "chained_optimizers"):
-        return [found for part in optimizer.chained_optimizers for found in spectral_parts(part)]
+        return [found for part in optimizer.chained_optimizers for found in spectral_optimizers(part)]
     inner = getattr(optimizer, "optimizer", None)
     return [inner] if isinstance(inner, SpectralOptimizer) else []
 

@@ -23,7 +23,7 @@ from sso_megatron.mcore.parameters.names import of_other_experts
 from sso_megatron.mcore.plan.fake_world import Place, as_rank, places
 from sso_megatron.mcore.plan.records import CutKind, Load, Matrix, Parameter, Plan, RankLoad
 from sso_megatron.mcore.plan.request import Request
-from sso_megatron.mcore.plan.stage import Maker, Stage, kind_of, role_of
+from sso_megatron.mcore.plan.stage import OptimizerRecipe, Stage, kind_of, role_of
 
 EmbeddingRanks = Callable[[Namespace, list[int]], list[int]]
 
@@ -92,7 +92,7 @@ def _survey(
 ) -> _Survey:
     args = request.args
     config, shared = configs_from(args)
-    makers: list[Maker] = []
+    recipes: list[OptimizerRecipe] = []
     candidates: list[ModelParameter] = []
     patterns: list[str] = []
 
@@ -102,7 +102,7 @@ def _survey(
         patterns.extend(s for s in shared.exclude if any(re.search(s, p.name) for p in candidates))
         register(config, replace(shared, exclude=tuple(patterns), mup_init=False))
         entry = private_api.registry()[args.optimizer]
-        noting = partial(_noted, makers, entry.optimizer_cls)
+        noting = partial(_noted, recipes, entry.optimizer_cls)
         private_api.registry()[args.optimizer] = replace(entry, optimizer_cls=noting)
         return models
 
@@ -117,7 +117,7 @@ def _survey(
         for param, rank in owners(layout).items()
     }
     parameters = list(model_parameters(model, groups))
-    stage = Stage(index, parameters, makers, owner, args.optimizer, flops_known)
+    stage = Stage(index, parameters, recipes, owner, args.optimizer, flops_known)
     adamw = _adamw_load(chain, is_mixed=args.bf16)
     dense = stage.loads(False, groups.dp_cp.size(), groups.tp.size())
     experts = stage.loads(True, groups.expt_dp.size(), groups.expt_tp.size())
@@ -146,21 +146,21 @@ def _survey(
 
 
 def _noted(
-    makers: list[Maker], optimizer_cls: type, params: Sequence[dict[str, Any]], **settings: Any
+    recipes: list[OptimizerRecipe], optimizer_cls: type, params: Sequence[dict[str, Any]], **settings: Any
 ) -> Any:
     """An optimizer, after a note of what it is made of: Megatron changes groups in place."""
     groups = [{**group, "params": list(group["params"])} for group in params]
-    makers.append(Maker(optimizer_cls, groups, settings))
+    recipes.append(OptimizerRecipe(optimizer_cls, groups, settings))
     return optimizer_cls(params, **settings)
 
 
 def _adamw_load(chain: Any, is_mixed: bool) -> Load:
     """What the first data-parallel rank keeps for AdamW's parameters; others have about as much."""
-    from sso_megatron.mcore.optimizer.megatron_state import parts_of
+    from sso_megatron.mcore.optimizer.megatron_state import state_adapters
     from sso_megatron.optimizers.base import SpectralOptimizer
 
     masters = state = 0
-    for part in parts_of(chain):
+    for part in state_adapters(chain):
         if isinstance(part.inner, SpectralOptimizer):
             continue
         for param in (p for group in part.inner.param_groups for p in group["params"]):

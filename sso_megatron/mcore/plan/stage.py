@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sso_megatron.matrices.layout import ParameterLayout, Split
 from sso_megatron.matrices.scaling import target_radius, update_scale
-from sso_megatron.mcore.flags.optimizers import OPTIMIZERS, Kind
+from sso_megatron.mcore.flags.optimizers import OPTIMIZERS, OptimizerSpec
 from sso_megatron.mcore.optimizer.buffer_layout import is_expert_parallel
 from sso_megatron.mcore.parameters.layouts import ModelParameter, layout_of
 from sso_megatron.mcore.parameters.names import ROUTED_EXPERT
@@ -24,7 +24,7 @@ from sso_megatron.parallel.shards import Cut
 
 
 @dataclass(frozen=True)
-class Maker:
+class OptimizerRecipe:
     """What Megatron made a spectral optimizer of.
 
     Attributes:
@@ -63,7 +63,7 @@ class Stage:
         self,
         index: int,
         parameters: Sequence[ModelParameter],
-        makers: Sequence[Maker],
+        recipes: Sequence[OptimizerRecipe],
         owner: dict[Tensor, int],
         name: str,
         flops_known: dict[Any, float],
@@ -73,22 +73,22 @@ class Stage:
         Args:
             index: of the stage.
             parameters: the rank's own.
-            makers: of its spectral optimizers.
+            recipes: of its spectral optimizers.
             owner: data-parallel rank by parameter, where these share matrices out.
             name: of the optimizer.
             flops_known: what has been counted for other stages, and will be for this one.
         """
-        self.index, self.parameters, self.makers, self.owner = index, parameters, makers, owner
-        self.kind: Kind = OPTIMIZERS[name]
-        settings = makers[0].settings if makers else {}
+        self.index, self.parameters, self.recipes, self.owner = index, parameters, recipes, owner
+        self.spec: OptimizerSpec = OPTIMIZERS[name]
+        settings = recipes[0].settings if recipes else {}
         self.shared: SpectralConfig = settings.get("shared", SpectralConfig())
         self._config: Any = settings.get("config")
-        self._flops = StepFlops(makers[0].optimizer_cls, settings, flops_known) if makers else None
+        self._flops = StepFlops(recipes[0].optimizer_cls, settings, flops_known) if recipes else None
         self._layouts: dict[int, dict[Tensor, ParameterLayout]] = {}
         self._work: dict[str, Work] = {}
         self.cuts: dict[tuple[Any, ...], CutKind] = {}
         self.workspaces: dict[tuple[int, int], int] = {}
-        taken = {p for maker in makers for group in maker.groups for p in group["params"]}
+        taken = {p for maker in recipes for group in maker.groups for p in group["params"]}
         self.spectral = [p for p in parameters if p.param in taken]
 
     def layouts(self, tp_rank: int) -> dict[Tensor, ParameterLayout]:
@@ -117,12 +117,14 @@ class Stage:
             def takes(param: Tensor, data: int = data) -> bool:
                 return is_expert_parallel(param) == is_expert and self.owner.get(param, data) == data
 
-            loads = [self._loads_of(maker, takes, tp_size) for maker in self.makers]
+            loads = [self._loads_of(maker, takes, tp_size) for maker in self.recipes]
             for rank in range(tp_size):
                 found[data, rank] = sum((load[rank] for load in loads), Load())
         return found
 
-    def _loads_of(self, maker: Maker, takes: Callable[[Tensor], bool], tp_size: int) -> list[Load]:
+    def _loads_of(
+        self, maker: OptimizerRecipe, takes: Callable[[Tensor], bool], tp_size: int
+    ) -> list[Load]:
         optimizer = maker.make(takes, self.layouts(0))
         held = self._held(optimizer)
         flops = [0.0] * tp_size
@@ -237,13 +239,13 @@ class Stage:
     def radius_and_scale(self, shape: tuple[int, int]) -> tuple[float | None, float | None]:
         """Of a matrix of this shape, as far as the optimizer has them and its shape gives them."""
         c = self._config
-        if self.kind.has_spheres:
+        if self.spec.has_spheres:
             is_known = c.radius_mode != "from_weights"
             radius = target_radius(shape, c.radius_mode, c.radius_scaler) if is_known else None
             if radius is None and c.scale_mode == "spectral_mup":
                 return None, None
             return radius, float(update_scale(shape, c.scale_mode, radius or 0.0))
-        if self.kind.prefix == "spectra_clip":
+        if self.spec.prefix == "spectra_clip":
             return None, float(update_scale(shape, "spectral_kaiming", 1.0))
         return None, None
 

@@ -9,32 +9,32 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sso_megatron.linalg.polar import Total, times_thin
+from sso_megatron.linalg.polar import AllReduce, times_thin
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardView:
     """The part ``(b, p, q)`` of a batch of ``(m, n)`` matrices that is held here.
 
     Attributes:
         shape: global ``(m, n)``.
-        total: sum over the ranks that hold the other parts; None where matrices are whole.
+        all_reduce: sum over the ranks that hold the other parts; None where matrices are whole.
         first_column: place of the first column that is held here where columns are cut; None where rows
             are cut, or nothing. Rows may be padded with zeros, columns not.
     """
 
     shape: tuple[int, int]
-    total: Total | None = None
+    all_reduce: AllReduce | None = None
     first_column: int | None = None
 
     @property
-    def rows_total(self) -> Total | None:
+    def rows_all_reduce(self) -> AllReduce | None:
         """Sum over the ranks that hold the other rows; None where all rows are here."""
-        return self.total if self.first_column is None else None
+        return self.all_reduce if self.first_column is None else None
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the parts. One sum where matrices are cut."""
-        return x if self.total is None else self.total(x)
+        return x if self.all_reduce is None else self.all_reduce(x)
 
     def own_columns(self, M: Tensor, X: Tensor) -> Tensor:
         """The rows ``(b, q, k)`` of a whole block ``(b, n, k)`` that belong to the columns of M; a view."""
