@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sso_megatron.mcore.flags.optimizers import CONFIGS, flag_fields
+from sso_megatron.mcore.flags.optimizers import config_classes, flag_fields
 from sso_megatron.mcore.flags.parser import add_arguments
 from sso_megatron.optimizers.settings import choices_of
 
@@ -21,7 +21,7 @@ _TITLE = "sso_megatron: "
 _MARKED = re.compile(r"(<!-- flags: ([^\n]+) -->\n).*?(<!-- /flags -->)", re.DOTALL)
 _SETTINGS = {
     f"{prefix}_{field.name}": (config_type, field)
-    for prefix, config_type in CONFIGS.items()
+    for prefix, config_type in config_classes().items()
     for field in flag_fields(prefix)
 }
 """Dataclass and field by the name that the parser stores the flag's value under."""

@@ -9,7 +9,7 @@ from config_probes import WORLD_SIZES
 from conftest import Megatron
 
 from sso_megatron.cli.experiments import fragments as experiments
-from sso_megatron.mcore.flags.optimizers import CONFIGS, flag_fields, flags_of
+from sso_megatron.mcore.flags.optimizers import config_classes, flag_fields, flags_of
 
 CONFIGS_FOLDER = experiments.configs_folder(None)
 NAMES = experiments.names(CONFIGS_FOLDER)
@@ -80,7 +80,7 @@ def test_every_fragment_is_used() -> None:
 
 
 def test_no_default_of_ours_is_repeated() -> None:
-    defaults = {flags_of(p, [f.name]): f.default for p in CONFIGS for f in flag_fields(p)}
+    defaults = {flags_of(p, [f.name]): f.default for p in config_classes() for f in flag_fields(p)}
     for name in NAMES:
         ours = {flag: given for flag, given in experiments.read(name).flags.items() if flag in defaults}
         for flag, given in ours.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sso_megatron.mcore.flags.optimizers import CONFIGS, OPTIMIZERS
+from sso_megatron.mcore.flags.optimizers import OPTIMIZERS, config_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATE = runpy.run_path(str(ROOT / "docs" / "generate.py"))
@@ -65,7 +65,8 @@ def flags_from_command_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefix", "dataclass"), [(prefix, config_type.__name__) for prefix, config_type in CONFIGS.items()]
+    ("prefix", "dataclass"),
+    [(prefix, config_type.__name__) for prefix, config_type in config_classes().items()],
 )
 def test_the_page_of_flags_names_optimizers_and_dataclasses(prefix: str, dataclass: str) -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")

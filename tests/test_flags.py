@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import MOE, Megatron, tiny
 
-from sso_megatron.mcore.flags.optimizers import CONFIGS, OPTIMIZERS, flag_fields
+from sso_megatron.mcore.flags.optimizers import OPTIMIZERS, config_classes, flag_fields
 from sso_megatron.mcore.flags.schedule import from_schedule
 
 # A value that is not the default for every setting; a test below insists that none is missing.
@@ -108,7 +108,7 @@ COMPANIONS = {
 
 
 def test_every_setting_is_tested() -> None:
-    for prefix, config_type in CONFIGS.items():
+    for prefix, config_type in config_classes().items():
         fields, values = flag_fields(prefix), (OTHER | FAMILY)[prefix]
         assert values.keys() == {f.name for f in fields}
         for f in fields:
@@ -136,7 +136,7 @@ def test_flags_of_the_family_arrive(megatron: Megatron, optimizer: str) -> None:
     values = {name: value for name, value in FAMILY[prefix].items() if name not in idle}
     found = settings(megatron, *flags_of(prefix, values), optimizer=optimizer)["config"]
     assert {name: found[name] for name in values} == values
-    defaults = {f.name: f.default for f in dataclasses.fields(CONFIGS[prefix])} | OPTIMIZERS[
+    defaults = {f.name: f.default for f in dataclasses.fields(config_classes()[prefix])} | OPTIMIZERS[
         optimizer
     ].fixed
     assert {k: v for k, v in found.items() if k not in values} == {
@@ -195,7 +195,7 @@ def test_flag_arrives_in_the_optimizer(megatron: Megatron, prefix: str, name: st
         (p, k)
         for p, kind in (("spectral", "shared"), ("sso", "config"))
         for k, v in found[kind].items()
-        if v != next(f.default for f in dataclasses.fields(CONFIGS[p]) if f.name == k)
+        if v != next(f.default for f in dataclasses.fields(config_classes()[p]) if f.name == k)
     }
     assert changed <= {(prefix, name), ("sso", companion)}, "nothing else is touched"
 

@@ -124,7 +124,12 @@ def seen_again(m: int, n: int, problem: str, all_reduce: Any) -> dict[tuple[int,
     for number, gradient in enumerate(gradients):
         for step in range(5):
             N = gradient.float()[None].clone()
-            options: dict[str, Any] = {"scale": cache.radius, "lr": LR, "rule": rule, "all_reduce": all_reduce}
+            options: dict[str, Any] = {
+                "scale": cache.radius,
+                "lr": LR,
+                "rule": rule,
+                "all_reduce": all_reduce,
+            }
             if not gradient.any():
                 sso_step_(W.clone(), N, cache, **options)
                 continue

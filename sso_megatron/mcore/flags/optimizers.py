@@ -17,34 +17,22 @@ from sso_megatron.optimizers.spectral_adam import SpectralAdam
 from sso_megatron.optimizers.spectral_clip import SpectralClip
 from sso_megatron.optimizers.sso import SSO, MuonSphere
 
-CONFIGS: dict[str, type] = {
-    "spectral": SpectralConfig,
-    "sso": SSOConfig,
-    "spectra": SpectraConfig,
-    "spectra_clip": SpectralClipConfig,
-    "spectral_adam": SpectralAdamConfig,
-}
-"""Prefix of the flags, and the dataclass they are made from."""
-
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """An optimizer by name.
+    """What a name of ``--optimizer`` stands for.
 
     Attributes:
-        optimizer_cls: its class.
-        prefix: of its settings in ``CONFIGS``.
-        fixed: settings that the name says.
+        optimizer_cls: the torch optimizer.
+        config_cls: the dataclass of its settings; its fields become flags.
+        prefix: of these flags, with underscores.
+        fixed: settings that the name decides, which have no flag.
     """
 
     optimizer_cls: type[SpectralOptimizer]
+    config_cls: type
     prefix: str
     fixed: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def config_cls(self) -> type:
-        """The dataclass of its settings."""
-        return CONFIGS[self.prefix]
 
     @property
     def has_spheres(self) -> bool:
@@ -53,16 +41,23 @@ class OptimizerSpec:
 
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
-    "sso": OptimizerSpec(SSO, "sso"),
-    "muon_sphere": OptimizerSpec(MuonSphere, "sso"),
-    "spectra": OptimizerSpec(Spectra, "spectra"),
+    "sso": OptimizerSpec(SSO, SSOConfig, "sso"),
+    "muon_sphere": OptimizerSpec(MuonSphere, SSOConfig, "sso"),
+    "spectra": OptimizerSpec(Spectra, SpectraConfig, "spectra"),
     **{
-        f"spectra_clip_{base}": OptimizerSpec(SpectralClip, "spectra_clip", {"base": base})
+        f"spectra_clip_{base}": OptimizerSpec(
+            SpectralClip, SpectralClipConfig, "spectra_clip", {"base": base}
+        )
         for base in ("adamw", "signum", "ademamix")
     },
-    "spectral_adam": OptimizerSpec(SpectralAdam, "spectral_adam"),
+    "spectral_adam": OptimizerSpec(SpectralAdam, SpectralAdamConfig, "spectral_adam"),
 }
-"""By the name that ``--optimizer`` takes."""
+"""By the name that ``--optimizer`` takes. A line here is all that Megatron needs to know an optimizer."""
+
+
+def config_classes() -> dict[str, type]:
+    """The dataclasses that flags are made from, by the flags' prefix."""
+    return {"spectral": SpectralConfig} | {spec.prefix: spec.config_cls for spec in OPTIMIZERS.values()}
 
 
 def names_with(prefix: str) -> str:
@@ -74,7 +69,7 @@ def names_with(prefix: str) -> str:
 def flag_fields(prefix: str) -> list["dataclasses.Field[Any]"]:
     """Settings that have a flag: all but those that the optimizer's name says."""
     fixed = {name for spec in OPTIMIZERS.values() if spec.prefix == prefix for name in spec.fixed}
-    return [f for f in dataclasses.fields(CONFIGS[prefix]) if f.name not in fixed]
+    return [f for f in dataclasses.fields(config_classes()[prefix]) if f.name not in fixed]
 
 
 def flags_of(prefix: str, names: list[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from sso_megatron.mcore.flags.optimizers import CONFIGS, OPTIMIZERS, flag_fields, flags_of
+from sso_megatron.mcore.flags.optimizers import OPTIMIZERS, config_classes, flag_fields, flags_of
 from sso_megatron.mcore.flags.schedule import from_schedule
 from sso_megatron.optimizers.config import SpectralConfig
 from sso_megatron.optimizers.settings import choices_of
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         if "--optimizer" in action.option_strings and action.choices is not None:
             # A patched Megatron has asked for them already (patches/).
             action.choices = list(dict.fromkeys([*action.choices, *OPTIMIZERS]))
-    for prefix, config_type in CONFIGS.items():
+    for prefix, config_type in config_classes().items():
         group = parser.add_argument_group(title=f"sso_megatron: {config_type.__doc__}")
         for f in flag_fields(prefix):
             group.add_argument(
@@ -102,7 +102,7 @@ def config_from(
     values = {f.name: getattr(args, f"{prefix}_{f.name}") for f in flag_fields(prefix)} | dict(known)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     try:
-        return CONFIGS[prefix](**values)
+        return config_classes()[prefix](**values)
     except ValueError as error:
         name, _, rest = str(error).partition("=")
         raise ValueError(f"{flags_of(prefix, [name])} {rest}") from None

@@ -4,9 +4,9 @@ import argparse
 
 from sso_megatron.mcore.compat import versions
 from sso_megatron.mcore.flags.optimizers import (
-    CONFIGS,
     OPTIMIZERS,
     OptimizerSpec,
+    config_classes,
     flag_fields,
     flags_of,
     names_with,
@@ -195,7 +195,7 @@ def refuse_idle_flags(args: argparse.Namespace) -> None:
         ValueError: with the flags and the way out.
     """
     spec = OPTIMIZERS.get(args.optimizer)
-    for prefix in CONFIGS:
+    for prefix in config_classes():
         is_read = spec is not None and prefix in ("spectral", spec.prefix)
         changed = [] if is_read else _changed(args, prefix)
         if prefix == "spectral" and args.log_spectral_criterion is not None:

@@ -27,7 +27,7 @@ def register(config: Any = None, shared: SpectralConfig | None = None) -> None:
 
     Call it once before the optimizer is built; a later call replaces the settings. The sharded optimizer
     also needs ``prepare_for_shards`` before DDP wraps the model; Megatron's training loop calls it by
-    ``model_building.install``.
+    ``model_hooks.install``.
 
     Args:
         config: settings of the optimizer that will be built: an ``SSOConfig``, ``SpectraConfig``,
@@ -39,15 +39,14 @@ def register(config: Any = None, shared: SpectralConfig | None = None) -> None:
         UnsupportedError: megatron-core or emerging-optimizers is missing or of an untested version.
     """
     versions.check_versions()
-    shared = shared or SpectralConfig()
     for name, spec in OPTIMIZERS.items():
         private_api.registry()[name] = private_api.registry_entry(
             spec.optimizer_cls,
             init_state_fn=lambda optimizer, config=None: optimizer.init_state(),
-            config_to_kwargs=_config_to_kwargs(name, config, shared),
+            config_to_kwargs=_config_to_kwargs(name),
             overrides=_overrides(),
         )
-    _current.config, _current.shared = config, shared
+    _registered.config, _registered.shared = config, shared or SpectralConfig()
     private_api.wrap("megatron.core.optimizer:_get_megatron_emerging_optimizer", _by_our_factory)
     # Megatron's loop has the first compute layouts, its model builders and DDP itself the second.
     for optimizer_cls in (
@@ -59,8 +58,15 @@ def register(config: Any = None, shared: SpectralConfig | None = None) -> None:
 
 
 @dataclass
-class _Current:
-    """The settings of the last ``register``, and what ``prepare_model`` found for the factory."""
+class _Registered:
+    """What the factory builds optimizers with: the one place where the settings are kept.
+
+    Attributes:
+        config: settings of the optimizer, from the last ``register``; None for the defaults.
+        shared: settings that all spectral optimizers share; None before the first ``register``.
+        find_layout: logical matrices of the model's parameters, from the last ``prepare_model``.
+        shard_layout: places of whole matrices in DDP's buffers, from the last ``prepare_for_shards``.
+    """
 
     config: Any = None
     shared: SpectralConfig | None = None
@@ -68,12 +74,12 @@ class _Current:
     shard_layout: ShardLayout | None = None
 
 
-_current = _Current()
+_registered = _Registered()
 
 
 def is_registered() -> bool:
     """Whether ``register`` was called."""
-    return _current.shared is not None
+    return _registered.shared is not None
 
 
 def is_spectral(param: Tensor) -> bool:
@@ -90,13 +96,13 @@ def _overrides() -> dict[Any, dict[str, Any]]:
     return {spectral: {"wd_mult": 0.0}, other: {"optimizer": "adam"}}
 
 
-def _config_to_kwargs(name: str, config: Any, shared: SpectralConfig) -> Callable[..., dict[str, Any]]:
+def _config_to_kwargs(name: str) -> Callable[..., dict[str, Any]]:
     def build(megatron_config: Any, model_chunks: Any, pg_collection: Any) -> dict[str, Any]:
         return {
             "lr": megatron_config.lr,
-            "config": _checked(name, OPTIMIZERS[name], config),
-            "shared": shared,
-            "find_layout": _current.find_layout,
+            "config": _checked(name, OPTIMIZERS[name], _registered.config),
+            "shared": _registered.shared,
+            "find_layout": _registered.find_layout,
         }
 
     return build
@@ -123,7 +129,7 @@ def _by_our_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         config_overrides: Any = None,
         pg_collection: Any = None,
     ) -> Any:
-        shared = _current.shared
+        shared = _registered.shared
         if config.optimizer not in OPTIMIZERS or shared is None:
             return original(config, model_chunks, config_overrides, pg_collection)
         from megatron.core.process_groups_config import ProcessGroupCollection
@@ -133,7 +139,9 @@ def _by_our_factory(original: Callable[..., Any]) -> Callable[..., Any]:
             from sso_megatron.mcore.optimizer import layer_wise
 
             return layer_wise.build(config, model_chunks, config_overrides, groups)
-        _current.find_layout = LayoutTable(prepare_model(model_chunks, _current.config, shared, groups))
+        _registered.find_layout = LayoutTable(
+            prepare_model(model_chunks, _registered.config, shared, groups)
+        )
         chain = original(config, model_chunks, config_overrides, pg_collection)
         from sso_megatron.mcore.optimizer.chain import SpectralChain
 
@@ -145,9 +153,9 @@ def _by_our_factory(original: Callable[..., Any]) -> Callable[..., Any]:
 def _in_shards(original: Callable[..., Any]) -> Callable[..., Any]:
     def compute_per_buffer_param_layout(params: list[Any], *args: Any, **kwargs: Any) -> Any:
         is_ours = params and is_spectral(params[0]) and getattr(params[0], private_api.SHARDED_WHOLE, False)
-        if not is_ours or _current.shard_layout is None:
+        if not is_ours or _registered.shard_layout is None:
             return original(params, *args, **kwargs)
-        return _current.shard_layout.per_buffer(params, *args, **kwargs)
+        return _registered.shard_layout.per_buffer(params, *args, **kwargs)
 
     return compute_per_buffer_param_layout
 
@@ -167,14 +175,14 @@ def prepare_for_shards(model_chunks: Sequence[Any], pg_collection: Any) -> None:
     Raises:
         ValueError: see ``prepare_model``.
     """
-    if _current.shared is None:
+    if _registered.shared is None:
         raise UnsupportedError("no spectral optimizer is registered; call register() first")
-    layouts = prepare_model(model_chunks, _current.config, _current.shared, pg_collection)
+    layouts = prepare_model(model_chunks, _registered.config, _registered.shared, pg_collection)
     for chunk in model_chunks:
         for param in chunk.parameters():
             setattr(param, private_api.SHARDED_WHOLE, is_spectral(param))
-    _current.find_layout = LayoutTable(layouts)
-    _current.shard_layout = ShardLayout(step_costs(layouts))
+    _registered.find_layout = LayoutTable(layouts)
+    _registered.shard_layout = ShardLayout(step_costs(layouts))
 
 
 def spectral_optimizers(optimizer: Any) -> list[SpectralOptimizer]:
