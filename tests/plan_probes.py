@@ -1,6 +1,5 @@
 """What a rank's real optimizers hold and do, for ``test_plan.py``; and the command itself."""
 
-import argparse
 import resource
 import sys
 from collections import Counter
@@ -14,12 +13,10 @@ def plan_experiment() -> None:
     """A plan of the experiment that is this rank's first argument; the others are of both commands."""
     from sso_megatron.cli.experiments import fragments as experiments
     from sso_megatron.cli.experiments.command import render
-    from sso_megatron.cli.plan.command import add_parser
+    from sso_megatron.cli.main import make_parser
 
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
     name, *arguments = sys.argv[1:]
-    flags = parser.parse_known_args(["plan", *arguments])[1]
+    flags = make_parser("plan").parse_known_args(["plan", *arguments])[1]
     own = arguments[: len(arguments) - len(flags)]
     words = [word for line in render(experiments.read(name), None, flags) for word in line]
     sys.argv = ["sso-megatron", *own, *words]

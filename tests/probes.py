@@ -83,11 +83,11 @@ def without_a_private_name() -> None:
 
 def missing_private_names() -> None:
     """Save the private names that this version of Megatron lacks, though the plugin uses them in it."""
-    from sso_megatron.mcore.compat import private_api, versions
+    from sso_megatron.mcore.compat import private_api, private_names, versions
     from sso_megatron.mcore.errors import UnsupportedError
 
     missing = []
-    for path, private in private_api.PRIVATE_NAMES.items():
+    for path, private in private_names.PRIVATE_NAMES.items():
         if private.only is None or str(versions.megatron_version()).startswith(f"{private.only}."):
             try:
                 private_api.existing(path)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,14 @@ def ranks_of(folder: Path) -> list[str]:
             if any(str(folder) in word for word in words) and "first-run" not in words:
                 found.append(" ".join(words))
     return found
+
+
+@pytest.mark.parametrize("flag", ["--version", "--help"])
+def test_help_does_not_wait_for_torch(flag: str) -> None:
+    code = "import sys; from sso_megatron.cli.main import main\n"
+    code += f"try:\n    main([{flag!r}])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+    code += "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    *said, modules = shown.splitlines()
+    assert f"sso-megatron {version('sso-megatron')}" in said or "first-run" in " ".join(said)
+    assert not {"torch", "numpy", "megatron", "matplotlib", "rich"} & set(modules.split())

@@ -16,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from sso_megatron.cli.data import command as data
 from sso_megatron.cli.data.corpus import File, assign_splits
+from sso_megatron.cli.main import main
 
 EOD = 256
 GLOBS = ("*.py", "*.txt")
@@ -229,12 +230,7 @@ BAD = [
 
 
 def command(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    data.add_parser(parser.add_subparsers())
-    options = parser.parse_args(["data", *words])
-    code = options.run(options)
-    assert isinstance(code, int)
-    return code
+    return main(["data", *words])
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD, ids=[message for _, message in BAD])

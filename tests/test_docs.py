@@ -96,11 +96,10 @@ def test_python_blocks(page, megatron, tmp_path, monkeypatch) -> None:  # type: 
 
 def first_run_flags(words: list[str]) -> list[str]:
     """Megatron's flags of ``sso-megatron first-run ...``; exits if the command itself is wrong."""
+    from sso_megatron.cli.main import make_parser
     from sso_megatron.cli.train import first_run
 
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    first_run.add_parser(parser.add_subparsers())
-    options = parser.parse_args(["first-run", *words])
+    options = make_parser("first-run").parse_args(["first-run", *words])
     flags = first_run._flags(options.optimizer, options.iterations, Path("run"), 2)
     return [*flags, "--mock-data", *options.extra]
 
@@ -125,24 +124,13 @@ def check_make(words: list[str]) -> None:
 
 def check_sso_megatron(words: list[str]) -> None:
     """Run ``data``, and ``bench`` on less; what names files of an example, or ranks, is parsed alone."""
-    from sso_megatron.cli import criterion, export, patch
-    from sso_megatron.cli.bench import command as bench
-    from sso_megatron.cli.data import command as data
-    from sso_megatron.cli.experiments import command as render
     from sso_megatron.cli.experiments import fragments as experiments
-    from sso_megatron.cli.main import main
-    from sso_megatron.cli.plan import command as plan
-    from sso_megatron.cli.plot import command as plot
-    from sso_megatron.cli.watch import command as watch
+    from sso_megatron.cli.main import main, make_parser
 
     if words[0] == "first-run":
         first_run_flags(words[1:])
         return
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    subparsers = parser.add_subparsers()
-    for command in (bench, criterion, data, export, patch, plan, plot, render, watch):
-        command.add_parser(subparsers)
-    options, others = parser.parse_known_args(words)
+    options, others = make_parser(words[0]).parse_known_args(words)
     if words[0] == "render" and others:
         experiments.read(others[0])
     elif words[0] != "plan":  # their other flags are Megatron's: test_flags_parse
@@ -254,22 +242,18 @@ def torchrun_flags(words: list[str]) -> tuple[int, list[str]]:
 
 def plan_flags(words: list[str]) -> tuple[int, list[str], bool]:
     """Number of ranks of a plan, Megatron's flags, and whether these are all that a run needs."""
-    from sso_megatron.cli.plan import command as plan
+    from sso_megatron.cli.main import make_parser
 
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    plan.add_parser(parser.add_subparsers())
-    options, others = parser.parse_known_args(["plan", *words])
+    options, others = make_parser("plan").parse_known_args(["plan", *words])
     given = [flag for flag in others if flag not in PLACEHOLDERS]
     return options.world_size or 1, given, given == others
 
 
 def render_flags(words: list[str]) -> list[str]:
     """Megatron's flags behind the name of an experiment."""
-    from sso_megatron.cli.experiments import command as render
+    from sso_megatron.cli.main import make_parser
 
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    render.add_parser(parser.add_subparsers())
-    return parser.parse_known_args(["render", *words])[1][1:]
+    return make_parser("render").parse_known_args(["render", *words])[1][1:]
 
 
 PLACEHOLDERS = {"...", "$FLAGS"}

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 from conftest import Megatron
 
+import sso_megatron
 from sso_megatron.cli.experiments import fragments as experiments
 
 FILES = {
@@ -209,7 +210,7 @@ def test_mistakes_are_one_line(answers: dict[str, Answer], configs: Path, text: 
 
 
 def test_an_installed_package_needs_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(experiments, "__file__", str(tmp_path / "sso_megatron" / "cli" / "experiments.py"))
+    monkeypatch.setattr(sso_megatron, "__file__", str(tmp_path / "sso_megatron" / "__init__.py"))
     with pytest.raises(ValueError, match="no configs/ beside this installed package; name the one of a"):
         experiments.configs_folder(None)
 

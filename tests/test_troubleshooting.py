@@ -18,6 +18,7 @@ WORDS = 5
 
 ELSEWHERE = {
     "cli/*": "the commands' own options and output; but see SCRIPTS",
+    "mcore/compat/private_names.py": "what each name is used for, which is printed nowhere",
     "mcore/flags/megatron_parser.py": "sso-megatron render",
     "mcore/offline/*": "sso-megatron export and plot --weights",
     "mcore/plan/*": "sso-megatron plan, whose warnings say the way out",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,16 +26,14 @@ _SIZES = (
 )
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the `export` command to the parser of `sso-megatron`."""
-    text = "write a checkpoint's weights exactly on their spheres"
-    parser = subparsers.add_parser(
-        "export",
-        help=text,
-        description=f"{text.capitalize()}. A step retracts weights before it updates them, so those in a "
-        "checkpoint are off by one update. Any layout is read in one process, in float32: on the GPU if "
-        "there is one, with CUDA_VISIBLE_DEVICES= (empty) in the host's memory. Weights of a run with "
-        "--sso-retract-mode dynamic, which are only near their spheres, are put on them as well.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``sso-megatron export``."""
+    parser.description = (
+        "Write a checkpoint's weights exactly on their spheres. A step retracts weights before it updates "
+        "them, so those in a checkpoint are off by one update. Any layout is read in one process, in "
+        "float32: on the GPU if there is one, with CUDA_VISIBLE_DEVICES= (empty) in the host's memory. "
+        "Weights of a run with --sso-retract-mode dynamic, which are only near their spheres, are put on "
+        "them as well."
     )
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="DIR", help="what the run's --save named")
@@ -49,20 +46,10 @@ def add_parser(subparsers: Any) -> None:
     add("--to", choices=("safetensors", "megatron"), default="safetensors", help=text)
     text = "of what is written; bfloat16 rounds weights off their spheres again (default: float32)"
     add("--dtype", choices=tuple(DTYPES), default="float32", help=text)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the `export` command; return 0, or 2 after a one-line error."""
-    try:
-        print(_export(options))
-    except (ValueError, OSError) as error:
-        print(f"sso-megatron export: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _export(options: argparse.Namespace) -> str:
+    """Run the ``export`` command."""
     out = Path(os.path.abspath(options.out))
     if os.path.lexists(out):
         raise ValueError(f"--out {out} must not exist; name another folder, or remove it")
@@ -73,10 +60,11 @@ def _export(options: argparse.Namespace) -> str:
         matrices = export.retract_(chunks, checkpoint)
         _publish(out, chunks, checkpoint, matrices, options)
     moves = [abs(matrix.norm / matrix.radius - 1) for matrix in matrices]
-    return (
+    print(
         f"{out}: iteration {checkpoint.iteration}, {len(matrices)} matrices on their spheres in "
         f"{options.dtype}, which were off by up to {max(moves, default=0.0):.2g} (relative)"
     )
+    return 0
 
 
 def _publish(

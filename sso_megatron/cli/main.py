@@ -1,42 +1,64 @@
-"""The console command ``sso-megatron``: one subcommand a module."""
+"""The console command ``sso-megatron``: subcommands, each imported when it is called and not before.
+
+So ``--version`` and ``--help`` need neither torch nor Megatron.
+"""
 
 import argparse
+import importlib
+import sys
 from collections.abc import Sequence
 
-from sso_megatron.cli import criterion, export, patch
-from sso_megatron.cli.bench import command as bench
-from sso_megatron.cli.data import command as data
-from sso_megatron.cli.experiments import command as render
-from sso_megatron.cli.plan import command as plan
-from sso_megatron.cli.plot import command as plot
-from sso_megatron.cli.train import first_run
-from sso_megatron.cli.watch import command as watch
+from sso_megatron.cli.shared.errors import fail
 from sso_megatron.version import __version__
 
+COMMANDS = {
+    "first-run": ("train.first_run", "train a small GPT on this machine"),
+    "data": ("data.command", "turn text files into indexed datasets that Megatron trains on"),
+    "export": ("export", "write a checkpoint's weights exactly on their spheres"),
+    "bench": ("bench.command", "measure optimizer steps beside AdamW and Megatron's Muon"),
+    "criterion": ("criterion", "which modules a spectral update should help"),
+    "plot": ("plot.command", "pictures of runs, and a report"),
+    "watch": ("watch.command", "how a run is doing: progress, loss, health"),
+    "plan": ("plan.command", "what the optimizer will do to every weight of a run, before it"),
+    "render": ("experiments.command", "the flags of an experiment of configs/, for a command line"),
+    "patch": ("patch", "show, apply or revert the patches for a Megatron-LM checkout"),
+}
+"""By name: the module in ``cli``, which has ``add_arguments`` and ``run``, and a line of help."""
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return its exit code."""
+
+def make_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser of ``sso-megatron``, with the arguments of one subcommand.
+
+    Args:
+        command: the subcommand whose module is imported; None for none of them.
+    """
     parser = argparse.ArgumentParser(
         prog="sso-megatron", description="Spectral optimizers for Megatron-Core."
     )
     parser.add_argument("--version", action="version", version=f"sso-megatron {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    first_run.add_parser(subparsers)
-    data.add_parser(subparsers)
-    export.add_parser(subparsers)
-    bench.add_parser(subparsers)
-    criterion.add_parser(subparsers)
-    plot.add_parser(subparsers)
-    watch.add_parser(subparsers)
-    plan.add_parser(subparsers)
-    render.add_parser(subparsers)
-    patch.add_parser(subparsers)
-    options, others = parser.parse_known_args(argv)
+    for name, (module, text) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text)
+        if name == command:
+            implementation = importlib.import_module(f"sso_megatron.cli.{module}")
+            implementation.add_arguments(subparser)
+            subparser.set_defaults(run=implementation.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return its exit code: 2 after one line on what is wrong."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = next((word for word in words if not word.startswith("-")), "")
+    parser = make_parser(command)
+    options, others = parser.parse_known_args(words)
     if others and not getattr(options, "takes_megatron_flags", False):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     options.megatron_flags = others
     try:
         return int(options.run(options))
+    except (ValueError, OSError) as error:
+        return fail(command, error)
     except KeyboardInterrupt:
         return 130
 

@@ -4,11 +4,9 @@ import argparse
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import sso_megatron
 from sso_megatron.mcore.compat import versions
@@ -38,35 +36,27 @@ class PatchedFile:
     state: str
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the ``patch`` command to the parser of ``sso-megatron``."""
-    text = "show, apply or revert the patches for a Megatron-LM checkout"
-    parser = subparsers.add_parser(
-        "patch",
-        help=text,
-        description=f"{text.capitalize()}. The plugin needs none of them; patches/README.md says what each "
-        "is for.",
-        epilog="check ends with 0 if all are applied, 1 if some can be, 2 if one does not fit.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``sso-megatron patch``."""
+    parser.description = (
+        "Show, apply or revert the patches for a Megatron-LM checkout. The plugin needs none of them; "
+        "patches/README.md says what each is for."
     )
+    parser.epilog = "check ends with 0 if all are applied, 1 if some can be, 2 if one does not fit."
     add = parser.add_argument
     add("action", choices=("check", "apply", "revert"), help="all patches of the series, or none")
     add("folder", type=Path, metavar="DIR", help="a Megatron-LM checkout, or a folder that holds the "
         "package megatron, such as an unpacked wheel")  # fmt: skip
     add("--patches", type=Path, metavar="DIR", help="the folder patches/ of this project (default: the "
         "one beside the package, in a checkout)")  # fmt: skip
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the ``patch`` command; return its exit code, 2 after a one-line error."""
-    try:
-        target = Target(options.folder, options.patches)
-        if options.action == "check":
-            return _check(target)
-        _change(target, reverse=options.action == "revert")
-    except (PatchError, OSError) as error:
-        print(f"sso-megatron patch: error: {error}", file=sys.stderr)
-        return 2
+    """Run the ``patch`` command; ``check`` returns the exit code that its help tells."""
+    target = Target(options.folder, options.patches)
+    if options.action == "check":
+        return _check(target)
+    _change(target, reverse=options.action == "revert")
     return 0
 
 

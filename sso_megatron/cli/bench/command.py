@@ -4,7 +4,6 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.multiprocessing.spawn import ProcessException
@@ -24,14 +23,12 @@ LAYOUTS = ("fused", "split")
 _HIDDEN, _LAYERS, _ROUNDS, _WARMUP = 512, 4, 5, 2
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the ``bench`` command to the parser of ``sso-megatron``."""
-    parser = subparsers.add_parser(
-        "bench",
-        help="measure optimizer steps beside AdamW and Megatron's Muon",
-        description="Measure the step of every optimizer in turn, on equal weights and gradients, on the "
-        "matrix shapes of the paper's models: on the GPU if there is one, with CUDA_VISIBLE_DEVICES= "
-        "(empty) on the CPU.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``sso-megatron bench``."""
+    parser.description = (
+        "Measure the step of every optimizer in turn, on equal weights and gradients, on the matrix "
+        "shapes of the paper's models: on the GPU if there is one, with CUDA_VISIBLE_DEVICES= (empty) on "
+        "the CPU."
     )
     add = parser.add_argument
     add("--model", choices=tuple(MODELS), default="dense-1.7b", help="shapes (default: %(default)s)")
@@ -55,18 +52,13 @@ def add_parser(subparsers: Any) -> None:
         help="of Newton-Schulz products, Muon's too (default: %(default)s)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write everything to FILE")
     add("--picture", type=Path, metavar="FILE.png", help="draw (default: beside --json)")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the ``bench`` command: 0, 1 when a rank failed, or 2 after a one-line error."""
-    try:
-        settings = _settings(options)
-        _check_memory(settings)
-        picture = _output_files(options)
-    except (ValueError, OSError) as error:
-        print(f"sso-megatron bench: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    """Run the ``bench`` command; return 1 when a rank failed."""
+    settings = _settings(options)
+    _check_memory(settings)
+    picture = _output_files(options)
     with tempfile.TemporaryDirectory(prefix="sso-megatron-bench-") as folder:
         try:
             results = measure(settings, Path(folder))

@@ -260,10 +260,9 @@ def _reusable(output: Path, settings: dict[str, Any]) -> DatasetInfo | None:
     return found
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the `data` command to the parser of `sso-megatron`."""
-    text = "turn text files into indexed datasets that Megatron trains on"
-    parser = subparsers.add_parser("data", help=text, description=text)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``sso-megatron data``."""
+    parser.description = "turn text files into indexed datasets that Megatron trains on"
     add = parser.add_argument
     add("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
     text = "folders and files (default: the source of Python's standard library)"
@@ -276,17 +275,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--split", default=",".join(map(str, DEFAULT_SPLIT)), help=text)
     add("--seed", type=int, default=0, help="another seed is another split (default: 0)")
     add("--force", action="store_true", help="rewrite what is there")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the `data` command; return 0, or 2 after a one-line error."""
+    """Run the ``data`` command."""
     o = options
-    try:
-        shares = o.split.split(",")
-        info = prepare(o.output, o.input, o.glob, o.tokenizer, shares, o.seed, o.force)
-    except (ValueError, OSError) as error:
-        print(f"sso-megatron data: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    info = prepare(o.output, o.input, o.glob, o.tokenizer, o.split.split(","), o.seed, o.force)
     print(f"train on it with: {shlex.join(info.megatron_arguments())}")
     return 0

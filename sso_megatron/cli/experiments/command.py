@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -18,21 +18,17 @@ from sso_megatron.cli.shared import megatron_process
 if TYPE_CHECKING:
     from sso_megatron.mcore.flags.megatron_parser import FlagParser
 
-_fail = functools.partial(megatron_process.fail, "render")
 
-
-def add_parser(subparsers: Any) -> None:
-    """Add the ``render`` command to the parser of ``sso-megatron``."""
-    text = "the flags of an experiment of configs/, for a command line"
-    parser = subparsers.add_parser(
-        "render",
-        help=text,
-        description=f"{text.capitalize()}, a flag a line, each checked by Megatron's parser. EXPERIMENT is "
-        "a name in configs/experiments or a YAML file. Flags of python -m sso_megatron.pretrain_gpt behind "
-        "it replace the experiment's; a switch is taken away by: --bf16 false.",
-        usage="%(prog)s [options of its own] EXPERIMENT [MEGATRON_FLAGS...]",
-        allow_abbrev=False,
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``sso-megatron render``."""
+    parser.description = (
+        "The flags of an experiment of configs/, for a command line, a flag a line, each checked by "
+        "Megatron's parser. EXPERIMENT is a name in configs/experiments or a YAML file. Flags of python "
+        "-m sso_megatron.pretrain_gpt behind it replace the experiment's; a switch is taken away by: "
+        "--bf16 false."
     )
+    parser.usage = "%(prog)s [options of its own] EXPERIMENT [MEGATRON_FLAGS...]"
+    parser.allow_abbrev = False
     add = parser.add_argument
     add("--point", type=int, metavar="I", help="a point of the experiment's sweep, counted from 0")
     add("--null", action="store_true", help="words that end with a NUL, for scripts and xargs -0")
@@ -44,32 +40,29 @@ def add_parser(subparsers: Any) -> None:
     add("--points", action="store_true", help=points)
     name = "a name for the run's folder: the experiment, and with --point a slash and the point's name"
     add("--name", action="store_true", help=name)
-    parser.set_defaults(run=run, takes_megatron_flags=True)
+    parser.set_defaults(takes_megatron_flags=True)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the ``render`` command; return 0, or 2 after a one-line error."""
+    """Run the ``render`` command."""
     name, *flags = options.megatron_flags or [""]
-    try:
-        if options.list:
-            _show_list(options)
-            return 0
-        if not name or name.startswith("-"):
-            raise ValueError("name an experiment first, then its flags; --list shows all experiments")
-        experiment = experiments.read(name, options.configs)
-        if options.points:
-            for index, point in enumerate(experiment.points()):
-                print(index, experiments.point_name(point), sep="\t")
-            return 0
-        if options.name:
-            parts = [experiment.name]
-            if options.point is not None:
-                parts.append(experiments.point_name(experiment.point(options.point)))
-            print("/".join(parts))
-            return 0
-        lines = render(experiment, options.point, flags)
-    except (ValueError, OSError, ImportError) as error:
-        return _fail(str(error))
+    if options.list:
+        _show_list(options)
+        return 0
+    if not name or name.startswith("-"):
+        raise ValueError("name an experiment first, then its flags; --list shows all experiments")
+    experiment = experiments.read(name, options.configs)
+    if options.points:
+        for index, point in enumerate(experiment.points()):
+            print(index, experiments.point_name(point), sep="\t")
+        return 0
+    if options.name:
+        parts = [experiment.name]
+        if options.point is not None:
+            parts.append(experiments.point_name(experiment.point(options.point)))
+        print("/".join(parts))
+        return 0
+    lines = render(experiment, options.point, flags)
     if experiment.sweep and options.point is None:
         swept = ", ".join(experiment.sweep)
         print(
@@ -128,7 +121,7 @@ def _parser() -> "FlagParser":
 
             return FlagParser()
         except SystemExit:
-            raise ImportError(said.getvalue()) from None
+            raise ValueError(megatron_process.reason(said.getvalue())) from None
 
 
 def _read(parser: "FlagParser", flag: str, what: Given) -> tuple[str, list[str]]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+import sso_megatron
+
 Value = str | list[str]
 
 _KEYS = ("about", "fragments", "flags", "sweep")
@@ -90,7 +92,7 @@ def configs_folder(given: Path | None) -> Path:
     Raises:
         ValueError: there is none.
     """
-    folder = given or Path(__file__).resolve().parents[2] / "configs"
+    folder = given or Path(sso_megatron.__file__).resolve().parent.parent / "configs"
     if not (folder / "experiments").is_dir():
         if given is not None:
             raise ValueError(f"--configs {given}: has no folder experiments; name a folder like configs/")

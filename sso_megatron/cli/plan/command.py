@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import traceback
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,16 @@ from sso_megatron.cli.plan.speed import Speed
 from sso_megatron.cli.shared import megatron_process
 from sso_megatron.cli.train import pretrain_gpt
 
-_fail = partial(megatron_process.fail, "plan")
 
-
-def add_parser(subparsers: Any) -> None:
-    """Add the ``plan`` command to the parser of ``sso-megatron``."""
-    text = "what the optimizer will do to every weight of a run, before it"
-    parser = subparsers.add_parser(
-        "plan",
-        help=text,
-        description=f"{text.capitalize()}: routes, logical matrices, radii, who works on what, flops, "
-        "bytes, memory, and warnings. Give the flags of python -m sso_megatron.pretrain_gpt. One process, "
-        "no GPU, no weights.",
-        usage="%(prog)s [options of its own] MEGATRON_FLAGS...",
-        allow_abbrev=False,
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``sso-megatron plan``."""
+    parser.description = (
+        "What the optimizer will do to every weight of a run, before it: routes, logical matrices, radii, "
+        "who works on what, flops, bytes, memory, and warnings. Give the flags of python -m "
+        "sso_megatron.pretrain_gpt. One process, no GPU, no weights."
     )
+    parser.usage = "%(prog)s [options of its own] MEGATRON_FLAGS..."
+    parser.allow_abbrev = False
     add = parser.add_argument
     add("--world-size", type=int, metavar="N", help="ranks of the run (default: the fewest that the layout "
         "can have)")  # fmt: skip
@@ -41,11 +35,11 @@ def add_parser(subparsers: Any) -> None:
         "in the optimizer's float32 ones if these differ: tells its share of an iteration")  # fmt: skip
     add("--bandwidth", type=float, metavar="B", help="with --flops, bytes a second that a rank receives "
         "from its tensor-parallel group")  # fmt: skip
-    parser.set_defaults(run=run, takes_megatron_flags=True)
+    parser.set_defaults(takes_megatron_flags=True)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the ``plan`` command; return 0, or 2 after a one-line error."""
+    """Run the ``plan`` command."""
     try:
         speed = Speed.of(options.flops, options.bandwidth)
         if options.world_size is not None and options.world_size < 1:
@@ -61,12 +55,13 @@ def run(options: argparse.Namespace) -> int:
         if options.html:
             options.html.write_text(plan_html.page(plan, speed))
     except (ValueError, AssertionError, RuntimeError, OSError, ImportError) as error:
-        return _fail(str(error) or _where(error))
+        raise ValueError(megatron_process.reason(str(error) or _where(error))) from error
     except (ArithmeticError, TypeError, LookupError) as error:
-        return _fail(f"{_where(error)}: {error}")
+        raise ValueError(f"{_where(error)}: {error}") from error
     except SystemExit as stop:
         # Where Megatron ends without a code, its reason is the last line on the standard output.
-        return _fail(said.getvalue() if stop.code else printed.getvalue().strip().rpartition("\n")[2])
+        output = said.getvalue() if stop.code else printed.getvalue().strip().rpartition("\n")[2]
+        raise ValueError(megatron_process.reason(output)) from None
     console = Console()
     console = console if console.is_terminal else Console(width=200)
     plan_text.show(plan, console, speed, is_full=options.full)

@@ -1,9 +1,7 @@
 """`sso-megatron plot`: pictures of one or several runs, and a report with all of them."""
 
 import argparse
-import sys
 from pathlib import Path
-from typing import Any
 
 from sso_megatron.cli.plot import axes as plot_axes
 from sso_megatron.cli.plot import layers as plot_layers
@@ -18,15 +16,12 @@ FORMATS = ("png", "svg")
 PICTURES = [plot_training.PICTURE, *plot_matrices.PICTURES, *plot_layers.PICTURES]
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the `plot` command to the parser of `sso-megatron`."""
-    text = "pictures of runs, and a report"
-    parser = subparsers.add_parser(
-        "plot",
-        help=text,
-        description="Draw what runs with --spectral-run-dir have recorded, several of them overlaid, and "
-        "write report.html, which holds every picture and needs no network. What a run has not recorded "
-        "is left out; the report says which flag gives it.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``sso-megatron plot``."""
+    parser.description = (
+        "Draw what runs with --spectral-run-dir have recorded, several of them overlaid, and write "
+        "report.html, which holds every picture and needs no network. What a run has not recorded is left "
+        "out; the report says which flag gives it."
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder that a run's --spectral-run-dir named")
@@ -37,20 +32,10 @@ def add_parser(subparsers: Any) -> None:
     add("--weights", metavar="PATTERN", help=text)
     text = "a single run's checkpoints (default: where it saved them, or RUN/checkpoint)"
     add("--checkpoints", type=Path, metavar="DIR", help=text)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the `plot` command; return 0, or 2 after a one-line error."""
-    try:
-        print(_plot(options))
-    except (ValueError, OSError) as error:
-        print(f"sso-megatron plot: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _plot(options: argparse.Namespace) -> str:
+    """Run the ``plot`` command."""
     plot_singular.check(options)
     runs = load(options.runs)
     pictures = [*PICTURES, plot_singular.picture(options, runs)]
@@ -72,4 +57,5 @@ def _plot(options: argparse.Namespace) -> str:
                 (folder / f"{picture.name}.svg").write_text(svg, encoding="utf-8")
             drawn[picture] = plot_report.element(picture, figure, svg)
     report = plot_report.write(folder / "report.html", runs, drawn, missing)
-    return f"{report}: {len(drawn)} pictures of {len(runs)} run{'s' if len(runs) > 1 else ''}"
+    print(f"{report}: {len(drawn)} pictures of {len(runs)} run{'s' if len(runs) > 1 else ''}")
+    return 0

@@ -4,7 +4,6 @@ import contextlib
 import io
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 
@@ -35,10 +34,10 @@ def without_noise() -> Iterator[tuple[io.StringIO, io.StringIO]]:
             logging.disable(logging.NOTSET)
 
 
-def fail(command: str, error: str) -> int:
-    """Print one line: of several, the last that says ``error``, or the first; return the exit code 2."""
-    lines = [line.strip() for line in error.splitlines() if line.strip()] or ["no reason given"]
-    told = [line for line in lines if "error: " in line]
-    line = told[-1].split("error: ", 1)[1] if told else " ".join(lines)
-    print(f"sso-megatron {command}: error: {line}", file=sys.stderr)
-    return 2
+def reason(output: str) -> str:
+    """Why a process of Megatron's ended: the last line that says ``error: ``, without what is before that.
+
+    Where no line does, all of the output.
+    """
+    told = [line for line in output.splitlines() if "error: " in line]
+    return told[-1].split("error: ", 1)[1] if told else output.strip() or "no reason given"

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from sso_megatron.cli.data import command as data
 from sso_megatron.cli.plot import training as plot_training
@@ -70,34 +69,24 @@ _OTHER_LEARNING_RATE = 3e-3
 _ON_SPHERES = ("sso", "muon_sphere")
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the subcommand."""
-    parser = subparsers.add_parser("first-run", help="train a small GPT on this machine")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``sso-megatron first-run``."""
     parser.add_argument("--optimizer", default="sso", help="any --optimizer of Megatron's or ours")
     parser.add_argument("--iterations", type=int, default=150)
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for runs and data")
     parser.add_argument("extra", nargs="*", help="after --: further Megatron flags, which win")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Prepare data, train, draw, and print one JSON object as the last line of standard output."""
     if options.iterations < 10:
-        print(
-            f"sso-megatron first-run: error: --iterations {options.iterations} must be at least 10",
-            file=sys.stderr,
-        )
-        return 2
+        raise ValueError(f"--iterations {options.iterations} must be at least 10")
     output = options.output.resolve()
     # Every Python version has its own standard library.
     name = f"stdlib-{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    try:
-        dataset = data.prepare(output=output / "data" / name)
-        folder = output / f"{options.optimizer}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        folder.mkdir()
-    except (ValueError, OSError) as error:
-        print(f"sso-megatron first-run: error: {error}", file=sys.stderr)
-        return 2
+    dataset = data.prepare(output=output / "data" / name)
+    folder = output / f"{options.optimizer}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder.mkdir()
     ranks = _num_ranks()
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -19,42 +18,34 @@ _POLL_SECONDS = 0.5
 _PLAIN_LINES = 100  # of a whole run, at most
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the ``watch`` command to the parser of ``sso-megatron``."""
-    parser = subparsers.add_parser(
-        "watch",
-        help="how a run is doing: progress, loss, health",
-        description="Follow a run that was started with --spectral-run-dir RUN, until it ends: one screen "
-        "on a terminal, a line now and then elsewhere. Starts nothing and changes nothing.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``sso-megatron watch``."""
+    parser.description = (
+        "Follow a run that was started with --spectral-run-dir RUN, until it ends: one screen on a "
+        "terminal, a line now and then elsewhere. Starts nothing and changes nothing."
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="the run's folder; need not exist yet")
     parser.add_argument("--once", action="store_true", help="show the present state and end")
     parser.add_argument("--plain", action="store_true", help="lines, on a terminal, too")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the ``watch`` command: 0 when the run has ended, or 2 after a one-line error."""
+    """Run the ``watch`` command; return when the run has ended."""
     folder: Path = options.folder
     if folder.exists() and not folder.is_dir():
-        print(f"sso-megatron watch: error: {folder} is not a folder; name what --spectral-run-dir named",
-              file=sys.stderr)  # fmt: skip
-        return 2
+        raise ValueError(f"{folder} is not a folder; name what --spectral-run-dir named")
     state = RunState(folder)
     try:
         state.poll()
         if options.once and not (state.info or state.last or state.summary):
-            print(f"sso-megatron watch: error: {folder} has no run.json, metrics.jsonl or summary.json; "
-                  f"start the run with --spectral-run-dir {folder}, or wait for it without --once",
-                  file=sys.stderr)  # fmt: skip
-            return 2
+            raise ValueError(
+                f"{folder} has no run.json, metrics.jsonl or summary.json; start the run with "
+                f"--spectral-run-dir {folder}, or wait for it without --once"
+            )
         exit_on_signals()  # or the cursor would stay hidden
         follow(state, lambda: options.once or state.has_ended, plain=options.plain)
     except BrokenPipeError:
         discard_output()
-    except OSError as error:
-        print(f"sso-megatron watch: error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -1,0 +1,14 @@
+"""How every command ends on an error: one line on standard error, exit code 2."""
+
+import sys
+
+
+def fail(command: str, error: object) -> int:
+    """Print an error as one line and return the exit code 2.
+
+    Args:
+        command: name of the subcommand.
+        error: an exception, or its text.
+    """
+    print(f"sso-megatron {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
