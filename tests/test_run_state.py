@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from run_folders import append, begin, interval, record, state_of
+from run_folders import OFF_RADIUS, append, begin, interval, record, state_of
 
 from sso_megatron.cli.train import first_run
 from sso_megatron.cli.watch import command as watch
@@ -94,6 +94,19 @@ def test_the_pace_is_that_of_the_last_iterations(tmp_path: Path) -> None:
         append(tmp_path, *interval(5 * k + 22, 9e5 + 5 * k))
     state.poll()
     assert state.iteration == 41 and state.pace == 1.0
+
+
+def test_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+    """Lines and alarms are the new part's from the first iteration that is done again, itself included."""
+    early = OFF_RADIUS.replace("layers.3", "layers.0")
+    append(tmp_path, *interval(1, alarms=[early]), *interval(6, alarms=[OFF_RADIUS]))
+    state = state_of(tmp_path)
+    assert list(state.alarms.values()) == [(5, early), (10, OFF_RADIUS)]
+    append(tmp_path, record(10, lr=0.5))
+    state.poll()
+    assert state.num_resumes == 1
+    assert list(state.alarms.values()) == [(5, early)]
+    assert [(line["iteration"], line["lr"]) for line in state.lines] == [(5, 0.02), (10, 0.5)]
 
 
 def test_time_left(tmp_path: Path) -> None:
