@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,14 +82,54 @@ def execute_from_command_line() -> None:
 
 
 @pytest.mark.parametrize("page", PYTHON, ids=[str(p.relative_to(ROOT)) for p in PYTHON])
-def test_python_blocks(page, megatron, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_python_blocks(page, megatron, tmp_path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     if any("megatron.core" in block for block in blocks(page, "python")):
         # It makes process groups and redirects CUDA: not in this process.
         megatron.run([str(page)], main="test_docs:execute_from_command_line")
         return
     monkeypatch.chdir(tmp_path)
-    losses = execute(page).get("losses")
-    assert losses is None or losses[-1] < 0.5 * losses[0], "the example learns"
+    found = execute(page)
+    RESULTS.get(page.name, check_losses)(found, capsys.readouterr().out.splitlines())
+
+
+def check_losses(found: dict[str, Any], said: list[str]) -> None:
+    losses = found["losses"]
+    assert losses[-1] < 0.5 * losses[0], "the example learns"
+
+
+def check_quickstart(found: dict[str, Any], said: list[str]) -> None:
+    """The weight is printed on its sphere, and the fused one's matrices as the comment has them."""
+    (_, norm, radius), names = said[0].split(), said[1]
+    assert float(radius) == pytest.approx(2 * math.sqrt(64 / 96))
+    assert float(norm) == pytest.approx(float(radius), rel=1e-3)
+    assert f"# {names}\n" in (ROOT / "docs" / "quickstart.md").read_text() and len(said) == 2
+
+
+def check_data(found: dict[str, Any], said: list[str]) -> None:
+    """Tokens are as many as the files hold, two bytes each; what is loaded is what was prepared."""
+    info = found["info"]
+    assert said == [f"{info.tokens} {info.eod} {info.megatron_arguments()}"]
+    for split in ("train", "valid", "test"):
+        assert Path(f"data/stdlib_{split}.bin").stat().st_size == 2 * info.tokens[split] > 0
+
+
+def check_monitoring(found: dict[str, Any], said: list[str]) -> None:
+    """The function reads what a run writes, also where a resumed run has other rows."""
+    from sso_megatron.mcore.run_files import RunFiles
+    from sso_megatron.mcore.tables import Table
+
+    files = RunFiles(Path())
+    for iteration, rows in ((1, ("a", "b")), (2, ("a", "b")), (3, ("b",))):
+        x = np.array([iteration + 0.25, np.nan])[: len(rows)]
+        files.append_measures(iteration, 0.0, 0.1, {"layers": Table(rows, {"x": x, "y": 2 * x})})
+    assert found["measures"]("measures.jsonl") == {
+        1: {"layers": {"a": {"x": 1.25, "y": 2.5}, "b": {"x": None, "y": None}}},
+        2: {"layers": {"a": {"x": 2.25, "y": 4.5}, "b": {"x": None, "y": None}}},
+        3: {"layers": {"b": {"x": 3.25, "y": 6.5}}},
+    }
+
+
+RESULTS = {"quickstart.md": check_quickstart, "data.md": check_data, "monitoring.md": check_monitoring}
 
 
 # ---------------------------------------------------------------- commands
