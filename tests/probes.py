@@ -50,10 +50,11 @@ def settings() -> None:
             for group in part.optimizer.param_groups:
                 for param in group["params"]:
                     routes[id(param)] = type(part.optimizer).__name__
-        names = {}
+        names, deviations = {}, {}
         for chunk in model:
             for name, param in chunk.named_parameters():
                 names[name] = routes[id(getattr(param, "main_param", param))]
+                deviations[name] = param.float().std(correction=0).item()
         batches = [batch for o in found for batch in o.batches]
         save(
             "settings",
@@ -66,6 +67,7 @@ def settings() -> None:
                 "batches": [(len(b.members), b.shape) for b in batches],
                 "dtypes": {str(m.param.dtype) for b in batches for m in b.members},
                 "routes": names,
+                "deviations": deviations,
             },
         )
         sys.stdout.flush()

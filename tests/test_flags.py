@@ -256,11 +256,23 @@ def test_flags_of_an_adamw_that_gets_nothing_are_named(megatron: Megatron) -> No
 
 
 def test_every_embedding_goes_to_adamw(megatron: Megatron) -> None:
-    """Learned positions too, which Megatron's own rule would send to the matrix optimizer."""
-    argv = tiny("--position-embedding-type", "learned_absolute", "--spectral-mup-init")
-    routes = megatron.run(argv, calls=("probes:settings",)).saved("settings")[0]["routes"]
-    embeddings = {name: route for name, route in routes.items() if "embedding" in name}
+    """Learned positions too, which Megatron's own rule would send to the matrix optimizer.
+
+    What is on no sphere is drawn with Megatron's deviations: here 0.5 for embeddings, by default 0.02, and
+    by the root of twice the layers less for what is added to the residual stream.
+    """
+    argv = ["--position-embedding-type", "learned_absolute", "--embedding-init-method-std", 0.5]
+    argv += ["--spectral-mup-init", "--spectral-exclude", "linear_proj", "linear_fc2"]
+    found = settings(megatron, *argv)
+    embeddings = {name: route for name, route in found["routes"].items() if "embedding" in name}
     assert set(embeddings.values()) == {"AdamW"} and len(embeddings) == 2
+    ends = ("embeddings.weight", "output_layer.weight", "linear_proj.weight", "linear_fc2.weight")
+    deviations = {name: std for name, std in found["deviations"].items() if name.endswith(ends)}
+    assert len(deviations) == 2 + 1 + 2 * 2
+    for name, deviation in deviations.items():
+        wanted = 0.5 if "embedding" in name else 0.02 if "output_layer" in name else 0.02 / 2
+        # 2048 draws and more: their deviation is known to 1.6 per cent.
+        assert deviation == pytest.approx(wanted, rel=0.08), name
 
 
 def test_moe_flags_reach_experts(megatron: Megatron) -> None:

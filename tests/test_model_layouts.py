@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -86,6 +86,8 @@ NEXT_TOKENS = "mtp.layers.0.mtp_model_layer"
 LATENT = ["--multi-latent-attention", "--kv-lora-rank", 16, "--qk-head-dim", 8, "--qk-pos-emb-head-dim", 8]
 LATENT += ["--v-head-dim", 12]
 LATENT_MOE = [*LATENT, "--q-lora-rank", 32, *MOE]
+EIGHT_HEADS = ["--num-attention-heads", 8, "--kv-channels", 8]
+LARGER = ["--sso-radius-scaler", 2]
 PP2 = ["--pipeline-model-parallel-size", 2]
 SP, EP2, ETP1 = (
     "--sequence-parallel",
@@ -109,7 +111,7 @@ MODELS: dict[str, tuple[list[Any], Shapes, int, int, list[Any]]] = {
         *(4, 4, []),
     ),
     "components": (
-        ["--num-attention-heads", 8, "--kv-channels", 8, "--spectral-qkv-split", "component"],
+        [*EIGHT_HEADS, "--spectral-qkv-split", "component", *LARGER],
         joined(*(components(layer) | mlp(f"{layer}.mlp", 96) for layer in LAYERS)),
         *(4, 4, []),
     ),
@@ -129,6 +131,18 @@ MODELS: dict[str, tuple[list[Any], Shapes, int, int, list[Any]]] = {
         *(2, 4, [SP, *PP2, "--num-layers-per-virtual-pipeline-stage", 1]),
     ),
 }
+
+
+def assert_drawn_independently(weights: Collection[torch.Tensor]) -> None:
+    """No two matrices of a shape are alike: of layers, heads or experts.
+
+    The cosine of two independent ones has a standard deviation of one by the root of their entries, which
+    are 128 and more: the bound is five times that.
+    """
+    for shape in {weight.shape for weight in weights}:
+        some = torch.stack([weight.double().flatten() for weight in weights if weight.shape == shape])
+        some /= torch.linalg.vector_norm(some, dim=1, keepdim=True)
+        assert (some @ some.mT - torch.eye(len(some))).abs().max() < 0.45, shape
 
 
 def first_loss(run: Run) -> float:
@@ -162,6 +176,7 @@ def test_matrices_of_a_model(build: Any, name: str) -> None:
     The loss says that the shards of one logical matrix are used as one by Megatron.
     """
     flags, expected, tp, ranks, parallel = MODELS[name]
+    scaler = 2 if flags[-2:] == LARGER else 1
     single, cut = build(flags), build([*flags, *parallel], tp, ranks)
     for run in (single, cut):
         found = {name: tuple(matrix.shape) for name, matrix in run.merged("matrices").items()}
@@ -169,7 +184,10 @@ def test_matrices_of_a_model(build: Any, name: str) -> None:
     for matrix, weight in single.merged("matrices").items():
         torch.testing.assert_close(cut.merged("matrices")[matrix], weight, rtol=0, atol=0)
         norm = torch.linalg.svdvals(weight.double())[0].item()
-        assert norm == pytest.approx(math.sqrt(weight.shape[0] / weight.shape[1]), rel=1e-3), matrix
+        assert norm == pytest.approx(scaler * math.sqrt(weight.shape[0] / weight.shape[1]), rel=1e-3), (
+            matrix
+        )
+    assert_drawn_independently(single.merged("matrices").values())
     assert first_loss(cut) == pytest.approx(first_loss(single), rel=1e-5)
     assert all(place == (None, None) for place in single.merged("placement").values())
 
