@@ -1,18 +1,19 @@
 """What a rank's real optimizers hold and do, for ``test_plan.py``; and the command itself."""
 
+import hashlib
 import resource
 import sys
 from collections import Counter
 from typing import Any
 
 import torch
-from probes import around_train, save, spectral_optimizers
+from probes import around_train, retracted, save, spectral_optimizers, whole_weights
 
 
 def plan_experiment() -> None:
     """A plan of the experiment that is this rank's first argument; the others are of both commands."""
-    from sso_megatron.cli.experiments import fragments as experiments
     from sso_megatron.cli.experiments.command import render
+    from sso_megatron.cli.experiments import fragments as experiments
     from sso_megatron.cli.main import make_parser
 
     name, *arguments = sys.argv[1:]
@@ -34,19 +35,22 @@ def plan() -> None:
 
 
 def watch() -> None:
-    """Save this rank's place, parameters, matrices, radii, bytes and flops after some real steps."""
+    """Save this rank's place, parameters, matrices, radii, moves, bytes and flops after some real steps."""
     from sso_megatron.cli.bench.meters import Collectives, Flops
     from sso_megatron.optimizers.base import SpectralOptimizer
 
-    step, flops, received = SpectralOptimizer.step, {}, {}
+    step, flops, received, moves = SpectralOptimizer.step, {}, {}, {}
 
     def step_counted(self: Any, closure: Any = None) -> Any:
         if id(self) not in flops:  # the first step finds what later ones start from
             flops[id(self)] = 0
             return step(self, closure)
+        on_spheres = {name: weight for name, (weight, _) in retracted([self]).items()}
+        before = on_spheres or whole_weights([self])
         with Flops() as meter, Collectives() as moved:
             result = step(self, closure)
         flops[id(self)], received[id(self)] = meter.total, moved.received
+        moves.update(_moves(self, before))
         return result
 
     SpectralOptimizer.step = step_counted
@@ -55,11 +59,21 @@ def watch() -> None:
         save("place", _place())
         save("flops", sum(flops.values()))
         save("received", sum(received.values(), Counter()))
+        save("moves", moves)
         save("parameters", _parameters(model, optimizer))
         save("matrices", _matrices(optimizer))
         save("bytes", _bytes(optimizer))
 
     around_train(None, after)
+
+
+def _moves(optimizer: Any, before: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Spectral norm of every matrix's step by the learning rate."""
+    lr = optimizer.param_groups[0]["lr"]
+    return {
+        name: torch.linalg.matrix_norm((weight - before[name]).double(), 2).item() / lr
+        for name, weight in whole_weights([optimizer]).items()
+    }
 
 
 def _place() -> dict[str, int]:
@@ -75,7 +89,11 @@ def _place() -> dict[str, int]:
 
 
 def _parameters(model: Any, optimizer: Any) -> dict[str, dict[str, Any]]:
-    """By global name: shape stored here, and whether a spectral optimizer of this rank steps on it."""
+    """By global name: what is stored here, and whether a spectral optimizer of this rank steps on it.
+
+    ``content`` is the same for all copies of what is stored: a matrix's by its values, a vector's, which
+    may have the values of another, by its name.
+    """
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from sso_megatron.mcore.parameters.layouts import model_parameters
@@ -92,9 +110,15 @@ def _parameters(model: Any, optimizer: Any) -> dict[str, dict[str, Any]]:
             "stored": tuple(p.param.shape),
             "steps": id(getattr(p.param, "main_param", p.param)) in stepped or id(p.param) in stepped,
             "is_expert": not getattr(p.param, "allreduce", True),
+            "numel": p.param.numel(),
+            "content": _digest(p.param) if p.param.ndim > 1 else p.name,
         }
         for p in model_parameters(model, groups)
     }
+
+
+def _digest(param: torch.Tensor) -> str:
+    return hashlib.sha256(param.detach().float().numpy().tobytes()).hexdigest()
 
 
 def _matrices(optimizer: Any) -> dict[str, dict[str, Any]]:

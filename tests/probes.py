@@ -111,20 +111,21 @@ def with_adapter() -> None:
     GPTModel.__init__ = construct_with_adapter
 
 
-def _whole_weights(built: Any) -> dict[str, torch.Tensor]:
-    """Every logical matrix of this rank, whole, by name."""
+def whole_weights(optimizers: list[Any]) -> dict[str, torch.Tensor]:
+    """Every logical matrix of this rank that spectral optimizers step on, whole, by name."""
     return {
         member.name: weight.clone()
-        for optimizer in spectral_optimizers(built)
+        for optimizer in optimizers
         for batch in optimizer.batches
         for member, weight in zip(batch.members, batch.whole(batch.weights()), strict=True)
     }
 
 
-def _retracted(built: Any) -> dict[str, tuple[torch.Tensor, float]]:
+def retracted(optimizers: list[Any]) -> dict[str, tuple[torch.Tensor, float]]:
+    """Matrices and radii of those optimizers that keep them on spheres."""
     return {
         name: (weight.clone(), radius)
-        for optimizer in spectral_optimizers(built)
+        for optimizer in optimizers
         if hasattr(optimizer, "retracted")
         for name, weight, radius in optimizer.retracted()
     }
@@ -133,14 +134,17 @@ def _retracted(built: Any) -> dict[str, tuple[torch.Tensor, float]]:
 def weights() -> None:
     """Save whole logical matrices before and after training, and the retracted ones after it."""
 
-    def after(model: Any, optimizer: Any) -> None:
-        save("final", _whole_weights(optimizer))
-        save("retracted", _retracted(optimizer))
-        save("momentum", momenta(optimizer))
-        batches = [batch for found in spectral_optimizers(optimizer) for batch in found.batches]
-        save("modes", {batch.mode for batch in batches})
+    def before(model: Any, optimizer: Any) -> None:
+        save("initial", whole_weights(spectral_optimizers(optimizer)))
 
-    around_train(lambda model, optimizer: save("initial", _whole_weights(optimizer)), after)
+    def after(model: Any, optimizer: Any) -> None:
+        found = spectral_optimizers(optimizer)
+        save("final", whole_weights(found))
+        save("retracted", retracted(found))
+        save("momentum", momenta(optimizer))
+        save("modes", {batch.mode for some in found for batch in some.batches})
+
+    around_train(before, after)
 
 
 def vectors() -> None:

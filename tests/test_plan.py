@@ -15,6 +15,7 @@ import pytest
 from browser import Browser, browser  # noqa: F401
 from conftest import MOE, Megatron, Run, tiny
 
+from sso_megatron.cli.plan.speed import Speed
 from sso_megatron.mcore.plan.records import Load, Plan, RankLoad
 
 SP = "--sequence-parallel"
@@ -27,12 +28,15 @@ MLA = shlex.split(
     "--qk-pos-emb-head-dim 8"
 )
 VPP = [*PP2, "--num-layers", 4, "--num-layers-per-virtual-pipeline-stage", 1]
+SCALE = ["--sso-scale-mode"]
+# So far below the singular values of AdamW's direction that the largest ends at c.
+CLIP = ["--spectra-clip-c", 0.1, "--spectra-clip-weight-decay", 0]
 
 # Ranks, tensor-parallel size, optimizer, flags. The model has two query groups: TP 4 cuts them.
 LAYOUTS: dict[str, tuple[int, int, str, list[object]]] = {
     "tp4": (4, 4, "sso", []),
-    "tp2 distributed": (2, 2, "sso", ["--spectral-tp-mode", "distributed"]),
-    "tp2 blockwise": (2, 2, "muon_sphere", ["--spectral-tp-mode", "blockwise"]),
+    "tp2 distributed": (2, 2, "sso", ["--spectral-tp-mode", "distributed", *SCALE, "align_adam_rms"]),
+    "tp2 blockwise": (2, 2, "muon_sphere", ["--spectral-tp-mode", "blockwise", *SCALE, "spectral_kaiming"]),
     "pp2-vpp2, a pattern of one stage": (2, 1, "sso", [*VPP, "--spectral-exclude", r"layers\.3\..*fc2"]),
     "dp2": (2, 1, "sso", ["--bf16"]),
     "ep2-dp2-dist": (4, 1, "sso", [*MOE, "--micro-batch-size", 1, *EP2, DIST, "--bf16"]),
@@ -41,7 +45,7 @@ LAYOUTS: dict[str, tuple[int, int, str, list[object]]] = {
     "tp2-dp2-dist": (4, 2, "sso", ["--num-layers", 3, DIST]),
     "tp2, latent attention": (2, 2, "sso", [*MLA, SP]),
     "tp2, thin products": (2, 2, "spectra", []),
-    "tp2, everything": (2, 2, "spectra_clip_adamw", []),
+    "tp2, everything": (2, 2, "spectra_clip_adamw", CLIP),
     "tied": (2, 1, "spectral_adam", PP2),
 }
 
@@ -71,15 +75,17 @@ def test_a_plan_is_what_the_run_does(megatron: Megatron, layout: str) -> None:
 
 
 def assert_same_parameters(planned: dict[str, Any], real: Run) -> None:
-    """Names, shapes, routes, and the data-parallel rank that steps on each."""
-    shapes, steppers = {}, {}
+    """Names, shapes, routes, the data-parallel rank that steps on each; elements, copies left out."""
+    shapes, steppers, elements = {}, {}, {}
     for place, found in zip(real.saved("place"), real.saved("parameters"), strict=True):
         for name, parameter in found.items():
             shapes[name, place["stage"]] = list(parameter["stored"])
+            elements[parameter["content"]] = parameter["numel"]
             data = place["expert_data" if parameter["is_expert"] else "data"]
             if parameter["steps"]:
                 steppers.setdefault((name, place["stage"]), set()).add(data)
     assert {(p["name"], p["stage"]): p["stored"] for p in planned["parameters"]} == shapes
+    assert planned["totals"]["parameters"] == sum(elements.values())
     route = planned["optimizer"]
     routes = {(p["name"], p["stage"]): p["route"] for p in planned["parameters"]}
     assert routes == {key: route if key in steppers else "adamw" for key in shapes}
@@ -113,6 +119,20 @@ def assert_same_matrices(planned: dict[str, Any], real: Run) -> None:
             assert wanted[name]["ranks"] == set(range(size)), name
         radius = wanted[name]["radius"]
         assert m["radius"] == (radius and pytest.approx(radius)), name
+    assert_same_scales(planned, found, real.merged("moves"))
+
+
+def assert_same_scales(planned: dict[str, Any], found: dict[str, Any], moves: dict[str, float]) -> None:
+    """Spectral norms of steps by the learning rate, where the direction's is known: 1, or c if clipped.
+
+    Newton-Schulz brings the largest singular value to 1 within 1e-3.
+    """
+    if planned["optimizer"] not in ("sso", "muon_sphere", "spectra_clip_adamw"):
+        assert all(m["scale"] is None for m in found.values())
+        return
+    norm = planned["settings"].get("c", 1)
+    for name, m in found.items():
+        assert m["scale"] * norm == pytest.approx(moves[name], rel=1e-3), name
 
 
 def assert_same_loads(planned: dict[str, Any], real: Run) -> None:
@@ -333,6 +353,16 @@ def test_the_balance_is_that_of_the_busiest_ranks_group() -> None:
     assert made.flops_by_data_rank() == [5, 1] and made.imbalance() == pytest.approx(5 / 3)
 
 
+def test_seconds_of_an_iteration() -> None:
+    """Each of four ranks has a quarter of the model's 80 flops; the second takes longest for its step."""
+    loads = [Load(flops=8.0, received=10), Load(flops=2.0, received=40), Load(flops=6.0)]
+    ranks = [RankLoad(0, 0, data, 0, data, load) for data, load in enumerate([*loads, Load()])]
+    made = Plan("sso", 4, {}, {}, {}, [], [], ranks, (0, 0), 0, True, 80.0, 0)
+    speed = Speed.of([10.0, 2.0], 5.0)
+    assert speed is not None
+    assert speed.seconds(made) == (2.0, 9.0) and speed.share(made) == pytest.approx(9 / 11)
+
+
 def test_the_command(tmp_path: Path) -> None:
     """As a user types it: standard output has the tables alone, and files stand where they should."""
     argv = tiny("--num-layers", 4, *PP2, DIST, "--bf16", tp=2)
@@ -352,7 +382,10 @@ def test_the_command(tmp_path: Path) -> None:
     (row,) = [line.split() for line in lines if "linear_fc2" in line]
     assert row[0] == "decoder.layers.0-3.mlp.linear_fc2.weight" and "owner" in row
     planned = json.loads((tmp_path / "plan.json").read_text())
-    assert planned["world_size"] == 8 and 0 < planned["share"] < 1
+    loads = [rank["load"] for rank in planned["ranks"]]
+    model = planned["model_flops"] / 8 / 400e12
+    step = max(load["flops"] / 60e12 + load["received"] / 300e9 for load in loads)
+    assert planned["world_size"] == 8 and planned["share"] == pytest.approx(step / (model + step))
     page = (tmp_path / "pages" / "plan.html").read_text()
     assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "")  # names of SVG's parts
     assert "decoder.layers.0-3.mlp.linear_fc2.weight" in page
