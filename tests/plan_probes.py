@@ -12,8 +12,8 @@ from probes import around_train, retracted, save, spectral_optimizers, whole_wei
 
 def plan_experiment() -> None:
     """A plan of the experiment that is this rank's first argument; the others are of both commands."""
-    from sso_megatron.cli.experiments.command import render
     from sso_megatron.cli.experiments import fragments as experiments
+    from sso_megatron.cli.experiments.command import render
     from sso_megatron.cli.main import make_parser
 
     name, *arguments = sys.argv[1:]

@@ -115,8 +115,8 @@ def check_data(found: dict[str, Any], said: list[str]) -> None:
 
 def check_monitoring(found: dict[str, Any], said: list[str]) -> None:
     """The function reads what a run writes, also where a resumed run has other rows."""
-    from sso_megatron.mcore.run_files import RunFiles
-    from sso_megatron.mcore.tables import Table
+    from sso_megatron.runs.tables import Table
+    from sso_megatron.runs.writer import RunFiles
 
     files = RunFiles(Path())
     for iteration, rows in ((1, ("a", "b")), (2, ("a", "b")), (3, ("b",))):
