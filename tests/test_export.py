@@ -216,9 +216,18 @@ def retract_before_training() -> None:
     probes.around_train(retract, None)
 
 
-def test_megatron_loads_its_own_format_in_every_layout(megatron: Megatron, dense: Run) -> None:
+@pytest.fixture(scope="module")
+def for_megatron(megatron: Megatron, dense: Run) -> Path:
+    """The dense run as a checkpoint of Megatron's."""
     out = dense.folder / "megatron"
     export(megatron, "--load", dense.folder / "checkpoint", "--out", out, "--to", "megatron")
+    return out
+
+
+def test_megatron_loads_its_own_format_in_every_layout(
+    megatron: Megatron, dense: Run, for_megatron: Path
+) -> None:
+    out = for_megatron
     assert (out / "latest_checkpointed_iteration.txt").read_text() == "4"
     assert not [name for name in stored(out / "iter_0000004") if name.startswith("optimizer")]
     one = ["--train-iters", 1, "--lr", 1e-9, "--min-lr", 0, "--lr-warmup-iters", 0]
@@ -241,9 +250,11 @@ def test_megatron_loads_its_own_format_in_every_layout(megatron: Megatron, dense
     assert run.summary["iterations"] == 5 and len(run.losses) == 1
 
 
-def test_exporting_an_export_changes_nothing(megatron: Megatron, dense: Run, exported: Path) -> None:
-    again = dense.folder / "again"
-    export(megatron, "--load", dense.folder / "megatron", "--out", again)
+def test_exporting_an_export_changes_nothing(
+    megatron: Megatron, exported: Path, for_megatron: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    export(megatron, "--load", for_megatron, "--out", again)
     found = tensors(again)
     for name, weight in tensors(exported).items():
         torch.testing.assert_close(found[name], weight, rtol=2e-7, atol=0)
