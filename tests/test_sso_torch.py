@@ -225,8 +225,9 @@ class Twin:
 
 
 def random_values(*dtypes: torch.dtype) -> list[torch.Tensor]:
+    """Larger than the power iteration's block, which would otherwise be square and never change."""
     gen = torch.Generator().manual_seed(0)
-    return [torch.randn(16, 24, generator=gen).to(dtype) for dtype in dtypes]
+    return [torch.randn(24, 40, generator=gen).to(dtype) for dtype in dtypes]
 
 
 def test_groups_have_their_own_learning_rates_and_dtypes() -> None:
@@ -300,7 +301,7 @@ def test_copies_train_on_their_own(copy) -> None:  # type: ignore[no-untyped-def
     twin.train(copied, [again], [2, 3])
     assert torch.equal(params[0].detach(), before), "the original is left alone"
     twin.train(params, [optimizer], [2, 3])
-    torch.testing.assert_close(copied[0], params[0], rtol=1e-2, atol=1e-3)
+    assert torch.equal(copied[0], params[0])
 
 
 @pytest.mark.parametrize("copy", [deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
@@ -319,9 +320,9 @@ def test_a_copy_leaves_a_scheduler_and_hooks_behind(copy) -> None:  # type: igno
     assert not torch.equal(before[1], after[1])
 
 
-@pytest.mark.parametrize(("solver", "tolerance"), [("tracking", 5e-3), ("bisection", 1e-5)])
-def test_loading_goes_on_from_there(solver: str, tolerance: float) -> None:
-    """Into an optimizer that has already gone another way; spectral caches start anew."""
+@pytest.mark.parametrize("solver", ["tracking", "bisection"])
+def test_loading_goes_on_from_there(solver: str) -> None:
+    """Into an optimizer that has already gone another way."""
     twin = Twin(*random_values(torch.float32))
     straight, stopped = twin.params(), twin.params()
     optimizer = SSO(straight, lr=0.05, solver=solver)
@@ -335,8 +336,7 @@ def test_loading_goes_on_from_there(solver: str, tolerance: float) -> None:
         stopped[0].copy_(weights[0])
     second.load_state_dict(deepcopy(state))
     twin.train(stopped, [second], range(3, 6))
-    error = torch.linalg.norm(stopped[0] - straight[0]) / torch.linalg.norm(straight[0])
-    assert error < tolerance
+    assert torch.equal(stopped[0], straight[0])
 
 
 def test_state_without_h_is_gone_on_from() -> None:

@@ -138,7 +138,9 @@ def start_cache(W: Tensor, rule: SSORule, all_reduce: AllReduce | None = None) -
     top = power_iteration(
         W, cache.basis, degree=rule.power_degree, num_passes=_COLD_PASSES, all_reduce=all_reduce
     )
-    cache.basis, cache.radius = top.basis, top.sigma
+    # Copied into rows as a loaded one has: QR gives columns, whose products round in another order.
+    cache.basis.copy_(top.basis)
+    cache.radius = top.sigma
     return cache
 
 
