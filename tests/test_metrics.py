@@ -68,7 +68,7 @@ def trained(megatron: Megatron, optimizer: str, *flags: object) -> Run:
 
 KINDS: list[tuple[str, list[object]]] = [
     ("sso", []),
-    ("sso", ["--sso-weight-decay", 0.1, "--sso-retract-mode", "dynamic"]),
+    ("sso", ["--sso-weight-decay", 10, "--sso-retract-mode", "dynamic"]),
     ("sso", ["--sso-solver", "bisection"]),
     ("muon_sphere", []),
     *((name, []) for name in FAMILY),

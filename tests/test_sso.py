@@ -140,3 +140,38 @@ def test_the_step_is_the_steepest_tangent_one(solver: str) -> None:
     exact = float(np.sum(M * oracle.polar_factor(M + lam * Theta)))
     assert abs(objective(solver=solver) - exact) < 1e-3 * exact
     assert exact > 0 and abs(lam) > 0.05, "a problem where the search matters"
+
+
+def test_a_root_out_of_reach_is_not_converged() -> None:
+    """A gradient turns from along a weight's top direction to against it, six matrices to six degrees.
+
+    The reported residual is that of the direction at the reported lambda, and 0.3 is near enough.
+    """
+    rng = np.random.default_rng(0)
+    strengths = np.array([0.0, 0.02, 0.05, 0.1, 0.2, 0.5])
+    weights, noise = rng.standard_normal((6, 40, 60)) * 0.05, rng.standard_normal((40, 60)) * 0.02
+    pulls = [np.outer(*oracle.top_triplet(W)[1:]) for W in weights]
+    params = [torch.nn.Parameter(torch.from_numpy(W).float()) for W in weights]
+    optimizer = SSO(params, lr=1e-3, momentum=0.0, radius_mode="identity")
+    coefficients = polar_coefficients("polar_express", 8)
+    steps = []
+    for sign in (1, 1, -1, -1, -1):
+        before = [param.detach().double().numpy() for param in params]
+        gradients = [
+            noise + sign * strength * pull for strength, pull in zip(strengths, pulls, strict=True)
+        ]
+        for param, G in zip(params, gradients, strict=True):
+            param.grad = torch.from_numpy(G).float()
+        optimizer.step()
+        (batch,) = optimizer.batches
+        residuals = []
+        for W, G, lam in zip(before, gradients, batch.stats.lam.tolist(), strict=True):
+            _, u, v = oracle.top_triplet(W)
+            Z = G / np.linalg.norm(G) + lam * np.outer(u, v)
+            residuals.append(u @ oracle.newton_schulz_factor(Z, coefficients) @ v)
+        np.testing.assert_allclose(batch.stats.residual.numpy(), residuals, atol=1e-4)
+        assert batch.stats.converged.tolist() == [abs(h) <= 0.3 for h in residuals]
+        steps.append(residuals)
+    turned = np.abs(steps[2])
+    assert (turned > 0.3).any() and (turned <= 0.3).any(), "a problem of both kinds"
+    assert np.abs(steps[-1]).max() <= 0.3, "found again after three steps"

@@ -12,6 +12,7 @@ from test_sso import start
 
 from sso_megatron import SSO, MuonSphere, SpectralConfig
 from sso_megatron.matrices.layout import ParameterLayout, gate_up_splits
+from sso_megatron.optimizers.measures import StepMeasures
 
 
 def test_batches_equal_single_matrices() -> None:
@@ -84,6 +85,14 @@ def test_dynamic_retraction_is_equation_34() -> None:
         np.testing.assert_allclose(param.detach().numpy(), expected, rtol=1e-5)
 
 
+def measured_step(optimizer: SSO) -> dict[str, float]:
+    """A step of an optimizer of one matrix, and what it reports."""
+    optimizer.measures = StepMeasures()
+    optimizer.step()
+    (row,) = optimizer.measures.whole.values()
+    return dict(zip(optimizer.columns, row.tolist(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [
@@ -93,16 +102,21 @@ def test_dynamic_retraction_is_equation_34() -> None:
     ],
 )
 def test_scale_modes(mode: str, expected: float) -> None:
-    """The update of MuonSphere has spectral norm lr * scale (msign's singular values are 1)."""
+    """The update of MuonSphere has spectral norm lr * scale (msign's singular values are 1).
+
+    By R it is what the optimizer reports as its relative step.
+    """
     W = start((20, 45), 0)
     param = torch.nn.Parameter(torch.from_numpy(W).float())
     optimizer = MuonSphere([param], lr=0.01, scale_mode=mode, radius_scaler=2.0)
     param.grad = torch.randn(20, 45, generator=torch.Generator().manual_seed(0))
-    optimizer.step()
+    reported = measured_step(optimizer)
     sigma, _, _ = oracle.top_triplet(W)
-    step = W * (2.0 * math.sqrt(20 / 45) / sigma) - param.detach().double().numpy()
+    radius = 2.0 * math.sqrt(20 / 45)
+    step = W * (radius / sigma) - param.detach().double().numpy()
     values = np.linalg.svd(step, compute_uv=False)
     np.testing.assert_allclose(values, 0.01 * expected, rtol=1e-3)
+    assert reported["relative_step"] == pytest.approx(0.01 * expected / radius, rel=1e-6)
 
 
 @pytest.mark.parametrize("tangent", ["solve", "project", "none"])
@@ -144,6 +158,19 @@ def test_weight_decay_is_undone_by_hard_retraction() -> None:
         optimizer.step()
         results.append(param.detach())
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("retract_mode", ["hard", "dynamic"])
+def test_reported_norms_are_those_before_weight_decay(retract_mode: str) -> None:
+    """The step finds the norm after it, here of half the weight."""
+    W = start((20, 30), 0)
+    param = torch.nn.Parameter(torch.from_numpy(W).float())
+    optimizer = MuonSphere([param], lr=0.1, weight_decay=5.0, retract_mode=retract_mode)
+    param.grad = torch.ones_like(param)
+    reported = measured_step(optimizer)
+    sigma, radius = np.linalg.norm(W, ord=2), math.sqrt(20 / 30)
+    assert reported["spectral_norm"] == pytest.approx(sigma, rel=1e-5)
+    assert reported["radius_error"] == pytest.approx(sigma / radius - 1, rel=1e-5)
 
 
 def test_weight_decay_under_dynamic_retraction() -> None:
