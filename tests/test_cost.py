@@ -35,6 +35,16 @@ def test_costs_by_hand() -> None:
     assert idle["distributed"] == 8 * 6 * 48 * 64**2 + 8 * (64 * 65 * 8 + 65 * 8)
 
 
+def test_bytes_over_four_ranks_by_hand() -> None:
+    """Two ranks do not tell the number of ranks, of other ranks and a ring's two passes apart."""
+    idle = mode_costs(8, (96, 64), 0, 4, work=PolarWork(0, 0), flops_per_byte=1.0)
+    # Shards of 24 rows: of 8 weights and momenta the three others; of 2, and own shards of 6 weights.
+    assert idle["duplicated"] == 8 * 2 * 3 * 24 * 64 * 4
+    assert idle["owner"] == (2 * 2 * 3 + 6) * 24 * 64 * 4
+    # A ring passes three quarters on twice: once to sum them, once to hand the sums out.
+    assert idle["distributed"] == 8 * 6 * 24 * 64**2 + 2 * 3 / 4 * 8 * (64 * 65 * 8 + 65 * 8)
+
+
 @pytest.mark.parametrize(
     ("num_matrices", "shape", "dim", "tp", "flops_per_byte", "expected"),
     [
