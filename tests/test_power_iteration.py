@@ -15,6 +15,11 @@ def relative_error(W: torch.Tensor, sigma: torch.Tensor) -> float:
     return ((sigma.double() - exact).abs() / exact).max().item()
 
 
+def rounding(W: torch.Tensor) -> float:
+    """Of sums of as many float32 products as the longer side has: like a random walk's, by the root."""
+    return max(W.shape[-2:]) ** 0.5 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("shape", [(48, 48), (32, 96), (96, 32), (3, 1000), (1000, 3), (1, 64), (64, 1)])
 def test_triplet(shape: tuple[int, int]) -> None:
     k = min(shape)
@@ -32,7 +37,7 @@ def test_triplet(shape: tuple[int, int]) -> None:
 def test_random_matrices_from_a_cold_start(shape: tuple[int, int]) -> None:
     """No gap below the top: 12 random matrices at once."""
     W = torch.randn(12, *shape, generator=torch.Generator().manual_seed(1))
-    assert relative_error(W, power_iteration(W, start_basis(W, 16), **COLD).sigma) < 1e-4
+    assert relative_error(W, power_iteration(W, start_basis(W, 16), **COLD).sigma) < rounding(W)
 
 
 def test_many_values_at_the_top() -> None:
@@ -45,14 +50,14 @@ def test_many_values_at_the_top() -> None:
 def test_all_values_equal() -> None:
     W = torch.from_numpy(with_spectrum(32, 48, np.full(32, 0.7))).float()[None]
     top = power_iteration(W, start_basis(W, 8), **COLD)
-    assert relative_error(W, top.sigma) < 1e-5
+    assert relative_error(W, top.sigma) < rounding(W)
     assert torch.isfinite(top.u).all() and torch.isfinite(top.v).all()
 
 
 def test_far_apart_values_do_not_overflow() -> None:
     values = np.geomspace(1e12, 1e-12, 40)
     W = torch.from_numpy(with_spectrum(40, 60, values)).float()[None]
-    assert relative_error(W, power_iteration(W, start_basis(W, 8), **COLD).sigma) < 1e-5
+    assert relative_error(W, power_iteration(W, start_basis(W, 8), **COLD).sigma) < rounding(W)
 
 
 def test_rank_one_and_zero() -> None:
@@ -65,19 +70,23 @@ def test_rank_one_and_zero() -> None:
 
 
 def test_a_warm_block_follows_a_moving_matrix_in_one_pass() -> None:
-    """A training-like drift of 2 % of the norm a step, cluster at the top, one pass a step."""
+    """A drift of 5 % of the norm a step, faster than training's, cluster at the top, one pass a step.
+
+    One pass from the block of the beginning, which does not follow, is not enough.
+    """
     rng = torch.Generator().manual_seed(3)
     values = np.concatenate([np.linspace(1, 0.99, 12), np.linspace(0.97, 0.2, 84)])
     W = torch.from_numpy(with_spectrum(96, 160, values)).float()[None]
-    basis = power_iteration(W, start_basis(W, 16), **COLD).basis
-    worst = 0.0
+    basis = first = power_iteration(W, start_basis(W, 16), **COLD).basis
+    worst = stale = 0.0
     for _ in range(50):
         step = torch.randn(1, 96, 160, generator=rng)
-        W = W + 0.02 * step / torch.linalg.matrix_norm(step, ord=2)
+        W = W + 0.05 * step / torch.linalg.matrix_norm(step, ord=2)
         top = power_iteration(W, basis, degree=6)
         basis = top.basis
         worst = max(worst, relative_error(W, top.sigma))
-    assert worst < 1e-3
+        stale = max(stale, relative_error(W, power_iteration(W, first, degree=6).sigma))
+    assert worst < rounding(W) < stale
 
 
 def test_basis_is_orthonormal_and_the_same_for_everyone() -> None:
