@@ -84,7 +84,7 @@ def _hook_arguments(for_ours: Callable[[], None] = lambda: None) -> None:
     def with_checks(original: Callable[..., Any]) -> Callable[..., Any]:
         def validate_args(args: argparse.Namespace, *rest: Any, **named: Any) -> Any:
             try:
-                _check_and_register(args)
+                check_and_register(args)
             except (ValueError, ImportError) as error:
                 fail(error)
             if args.optimizer in OPTIMIZERS:
@@ -97,7 +97,7 @@ def _hook_arguments(for_ours: Callable[[], None] = lambda: None) -> None:
     private_api.wrap("megatron.training.arguments:validate_args", with_checks)
 
 
-def _check_and_register(args: argparse.Namespace) -> None:
+def check_and_register(args: argparse.Namespace) -> None:
     """Everything between parsing and Megatron's own validation, on parsed arguments.
 
     Raises:
