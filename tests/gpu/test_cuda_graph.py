@@ -4,12 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_graph_replay import SETTINGS, Training, assert_same
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+from helpers.recorded_steps import SETTINGS, Training, assert_same
+
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,17 +2,14 @@
 
 import pytest
 import torch
-from test_precision import MOST_LOST, SPECTRA, measure
 from torch import Tensor
 
+from helpers.rounding import MOST_LOST, SPECTRA, measure
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.linalg.polar import msign
 from sso_megatron.linalg.symmetric import Products, choose_kernel, load_kernel, product_by
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 KERNELS = ["triton", "quack"]
 
 

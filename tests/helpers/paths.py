@@ -1,0 +1,10 @@
+"""Where the project's files are."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "sso_megatron"
+TESTS = ROOT / "tests"
+HELPERS = TESTS / "helpers"
+WHEELS = ROOT / ".wheels"
+"""Versions of Megatron-Core that ``make wheels`` fetches."""

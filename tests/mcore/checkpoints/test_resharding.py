@@ -1,0 +1,169 @@
+"""Checkpoints loaded in another layout: the same state, and the same run from there on."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from helpers.checkpoint_state_probes import contents
+from helpers.megatron import FAMILY, MOE, Megatron, Run, tiny
+
+SHARDED = ["--use-distributed-optimizer"]
+PP2 = ["--pipeline-model-parallel-size", 2]
+EP2 = ["--expert-model-parallel-size", 2]
+SMALL = ["--micro-batch-size", 1]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks and flags of a run."""
+
+    ranks: int
+    tp: int = 1
+    flags: tuple[object, ...] = ()
+
+    def argv(self, base: list[object]) -> list[str]:
+        return tiny(*base, *self.flags, tp=self.tp)
+
+
+def straight(megatron: Megatron, layout: Layout, base: list[object], save_at: int = 10) -> Run:
+    """20 iterations in one go, with a checkpoint on the way."""
+    save = ("--save", "ckpt", "--save-interval", save_at)
+    return megatron.train([*layout.argv([*base, "--train-iters", 20]), *map(str, save)], layout.ranks)
+
+
+def leg(
+    megatron: Megatron, layout: Layout, base: list[object], start: Run, at: int = 10, stop: int = 20
+) -> Run:
+    """Train from ``start``'s checkpoint ``at`` an iteration, saved again as loaded, to one at ``stop``."""
+    argv = layout.argv([*base, "--train-iters", 20, "--load", start.folder / "ckpt", "--ckpt-step", at])
+    if stop < 20:
+        argv += ["--save", "ckpt", "--save-interval", str(stop), "--exit-interval", str(stop)]
+    return megatron.train(argv, layout.ranks, ("checkpoint_state_probes:saved_again",))
+
+
+def assert_same_contents(run: Run, start: Run, iteration: int) -> None:
+    """What was loaded, written again, is what was saved: every tensor and object by value."""
+    saved = contents(start.folder / "ckpt" / f"iter_{iteration:07d}")
+    found = contents(run.folder / "again")
+    kept = any(key.startswith("optimizer.spectral.") for key in saved)
+    # Spectral clipping alone keeps nothing of a hidden matrix but what it keeps of an embedding, too.
+    states = [key.split(".")[2:] for key in saved if key.startswith("optimizer.state.")]
+    names = [{name for name, *key in states if part in key} for part in ("word_embeddings", "linear_proj")]
+    assert kept or names[0] == names[1]
+    assert found.keys() == {key for key in saved if key.startswith(("decoder", "optim", "embed", "output"))}
+    for key, value in found.items():
+        if isinstance(value, dict):
+            assert value.keys() == saved[key].keys()
+            assert all(torch.equal(value[name], saved[key][name]) for name in value), key
+        else:
+            assert value.any() or "layer_norm" in key or not saved[key].any(), key
+            assert torch.equal(value, saved[key]), key
+
+
+def assert_same_losses(run: Run, straight: Run, start: int, tolerance: float) -> None:
+    wanted = straight.losses[start : start + len(run.losses)]
+    worst = max(abs(a - b) / b for a, b in zip(run.losses, wanted, strict=True))
+    print(f"losses within {worst:.1e}")
+    assert worst <= tolerance
+
+
+def go_on(
+    megatron: Megatron,
+    layout: Layout,
+    base: list[object],
+    start: Run,
+    at: int = 10,
+    stop: int = 20,
+    tolerance: float = 1e-4,
+) -> Run:
+    """``start`` from a checkpoint on in another layout: loaded by value, and the same losses."""
+    run = leg(megatron, layout, base, start, at, stop)
+    assert_same_contents(run, start, at)
+    assert_same_losses(run, start, at, tolerance)
+    return run
+
+
+@pytest.fixture(scope="module")
+def tp2_pp2(megatron: Megatron) -> Run:
+    return straight(megatron, Layout(4, tp=2, flags=(*PP2,)), [])
+
+
+TARGETS = {
+    "tp1": Layout(1),
+    "tp4": Layout(4, tp=4),  # cuts the two query groups
+    "dp2": Layout(2),
+    "dp2-sharded": Layout(2, flags=(*SHARDED,)),
+    "pp2-dp2-sharded": Layout(4, flags=(*PP2, *SHARDED, "--ckpt-fully-parallel-load")),
+    "tp2-distributed": Layout(2, tp=2, flags=("--spectral-tp-mode", "distributed")),
+    "tp2-pp2-duplicated": Layout(4, tp=2, flags=(*PP2, "--spectral-tp-mode", "duplicated")),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_dense(megatron, tp2_pp2, target) -> None:  # type: ignore[no-untyped-def]
+    go_on(megatron, TARGETS[target], [], tp2_pp2)
+
+
+@pytest.mark.parametrize("optimizer", ["muon_sphere", *FAMILY])
+def test_another_optimizer(megatron, optimizer) -> None:  # type: ignore[no-untyped-def]
+    base = ["--optimizer", optimizer, *FAMILY.get(optimizer, [])]
+    start = straight(megatron, Layout(2, flags=(*SHARDED,)), base)
+    go_on(megatron, Layout(2, tp=2), base, start)
+
+
+def test_masters_of_bfloat16(megatron) -> None:  # type: ignore[no-untyped-def]
+    """Sharded and not: float32 masters and moments by value, losses as bfloat16 allows."""
+    start = straight(megatron, Layout(2, flags=(*SHARDED,)), ["--bf16"])
+    go_on(megatron, Layout(2, tp=2), ["--bf16"], start, tolerance=4e-3)
+
+
+FOUND_AGAIN = "they are found again"
+
+
+def test_singular_vectors_are_found_again_for_other_matrices_only(megatron) -> None:  # type: ignore[no-untyped-def]
+    distributed = Layout(2, tp=2, flags=("--spectral-tp-mode", "distributed"))
+    start = straight(megatron, distributed, [])
+    assert FOUND_AGAIN not in go_on(megatron, Layout(1), [], start).log
+    for flags in (("--spectral-qkv-split", "group"), ("--sso-power-block", 8)):
+        run = leg(megatron, Layout(1, flags=flags), [], start, stop=11)
+        assert run.log.count(FOUND_AGAIN) == 1
+
+
+EXPERTS = {"plain": ([], []), "sharded": (SHARDED, SHARDED), "sharded-and-back": (SHARDED, [])}
+
+
+@pytest.fixture(scope="module")
+def of_experts(megatron: Megatron) -> Callable[..., Run]:
+    """A function that makes the straight run with these flags over EP 2, once."""
+    return functools.cache(
+        lambda *flags: straight(megatron, Layout(2, flags=(*EP2, *flags)), list(MOE), save_at=8)
+    )
+
+
+@pytest.mark.parametrize("who", EXPERTS)
+@pytest.mark.parametrize("exclude", [[], ["--spectral-exclude", "local_experts"]], ids=["sso", "adamw"])
+def test_experts(megatron, of_experts, who, exclude) -> None:  # type: ignore[no-untyped-def]
+    """EP 2, EP 1, EP 2; experts under SSO, and under AdamW, whose groups know of expert parallelism."""
+    at_ep2, at_ep1 = EXPERTS[who]
+    base, wide = [*MOE, *exclude], Layout(2, flags=(*EP2, *at_ep2))
+    first = of_experts(*at_ep2, *exclude)
+    second = go_on(megatron, Layout(1, flags=(*at_ep1,)), base, first, at=8, stop=14)
+    third = leg(megatron, wide, base, second, at=14)
+    assert_same_contents(third, second, 14)
+    assert_same_losses(third, first, 14, 1e-4)
+
+
+@pytest.mark.parametrize(("before", "after"), [([], ["--moe-grouped-gemm"]), (["--moe-grouped-gemm"], [])])
+def test_experts_one_by_one_and_grouped(megatron, of_experts, before, after) -> None:  # type: ignore[no-untyped-def]
+    go_on(megatron, Layout(1, flags=(*after,)), [*MOE], of_experts(*before), at=8)
+
+
+def test_expert_tensor_parallelism(megatron) -> None:  # type: ignore[no-untyped-def]
+    flags = (*EP2, "--expert-tensor-parallel-size", 2, "--sequence-parallel", *SMALL)
+    start = straight(megatron, Layout(4, tp=2, flags=flags), [*MOE])
+    flags = ("--expert-tensor-parallel-size", 1, "--sequence-parallel", *SHARDED)
+    for target in (Layout(2, tp=2, flags=flags), Layout(1)):
+        go_on(megatron, target, [*MOE], start)
