@@ -1,6 +1,6 @@
-"""Alarms from a run's measurements: what is not as it is in a healthy run, and in which module.
+"""Alarms from a run's measurements: what differs from a healthy run, and in which module.
 
-Pure functions of numbers on the host; who measures, and what is done about an alarm, is elsewhere.
+The rules are functions of numbers on the host. ``mcore.metrics`` measures, and acts on alarms.
 """
 
 from collections import Counter, deque
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sso_megatron.runs.tables import ACTIVATIONS, EMPTY, Array, Table, Tables
+from sso_megatron.runs.tables import ACTIVATIONS, EMPTY, TABLES, Array, Table, Tables
 
 Mask = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
@@ -38,18 +38,18 @@ _HARMLESS_RMS, _EARLY_HARMLESS_RMS = 1.0, 100.0
 # Softmax of scores so far apart chooses one token, without gradient, and bfloat16 rounds 1000 by 4. Muon's
 # runs without a remedy passed 1000 and became unstable (Kimi K2, arXiv 2507.20534). 100 .. 1e4.
 _LOGIT_LIMIT = 1000.0
-# Of the mean load. 0 .. 0.1.
+# A share of the mean load of the experts. 0 .. 0.1.
 _DEAD_LOAD = 0.01
 _NAMED_EXPERTS = 8
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something that is wrong.
+    """One module's violation of one rule.
 
     Attributes:
         kind: one of ``KINDS``.
-        module: name of the table's row.
+        module: name of the row in its table.
         text: one line: kind, module, value, rule, what to do.
     """
 
@@ -63,9 +63,9 @@ def _alarm(kind: str, module: str, what: str) -> Alarm:
 
 
 class Alarms:
-    """Rules over the measurements of one run; keeps what it must of the earlier ones.
+    """Checks each measurement of a run against rules, some of which need earlier measurements.
 
-    A table whose rows change starts anew.
+    When the rows of a table change, its earlier measurements are forgotten.
     """
 
     def __init__(self) -> None:
@@ -77,13 +77,13 @@ class Alarms:
         self._was_known = np.empty((0, 2 * len(ACTIVATIONS) + 1), dtype=bool)
 
     def check(self, iteration: int, tables: Tables) -> list[Alarm]:
-        """Take a measurement in and return all alarms, by kind, the worst of each kind first.
+        """Take the next measurement and return its alarms, grouped by kind, the worst of each kind first.
 
         Args:
-            iteration: of the measurement; alarms say since when.
-            tables: ``matrices``, ``layers`` and ``experts``.
+            iteration: the iteration that was measured; alarms that need several say since which.
+            tables: the measured tables.
         """
-        matrices, layers, experts = (tables.get(name, EMPTY) for name in ("matrices", "layers", "experts"))
+        matrices, layers, experts = (tables.get(name, EMPTY) for name in TABLES)
         return [
             *self._radius(matrices),
             *self._solver(iteration, matrices),
@@ -167,7 +167,10 @@ class Alarms:
         return alarms
 
     def _usual_rms(self) -> tuple[Array, Array]:
-        """``(layers, 3)`` median of the last measurements, NaN where there are none; what is harmless."""
+        """Median RMS of the last measurements, and the RMS below which growth is harmless; ``(layers, 3)``.
+
+        The median is NaN where nothing was measured.
+        """
         median = np.full((len(self._layers), len(ACTIVATIONS)), np.nan)
         if not self._rms:
             return median, median
@@ -194,14 +197,21 @@ class Alarms:
 
 
 class _Streak:
-    """In how many measurements in a row something held, by row."""
+    """Counts, row by row, in how many consecutive measurements a condition held."""
 
     def __init__(self) -> None:
         self.rows: tuple[str, ...] = ()
         self.counts = self.since = np.empty(0, dtype=np.int64)
 
     def count(self, iteration: int, rows: tuple[str, ...], bad: Mask, known: Mask) -> Indices:
-        """Count on; what is not known neither counts nor ends a row. All arrays have one shape."""
+        """Take the next measurement and return the counts.
+
+        Args:
+            iteration: the iteration that was measured.
+            rows: names of the rows; when they change, counting starts again.
+            bad: whether the condition holds.
+            known: whether that was measured; where it was not, the count stays.
+        """
         if rows != self.rows or bad.shape != self.counts.shape:
             self.rows = rows
             self.counts = self.since = np.zeros(bad.shape, dtype=np.int64)
@@ -210,23 +220,26 @@ class _Streak:
         return self.counts
 
     def lasts(self, iteration: int) -> Mask:
-        """Where it is no accident any more."""
+        """Where the condition has held for so long that it is no accident."""
         has_lasted = iteration - self.since >= _LASTING_ITERATIONS
         return (self.counts >= _LASTING_MEASUREMENTS) & has_lasted
 
 
 def _worst_first(severity: Array) -> Indices:
-    """Indices of the positive entries, the largest first; equal ones in their order."""
+    """Indices of the positive entries, the largest first; equal entries keep their order."""
     indices = np.flatnonzero(severity > 0)
     return indices[np.argsort(-severity[indices], kind="stable")]
 
 
 def lines(alarms: list[Alarm], limit: int = 5) -> list[str]:
-    """Return the texts of the worst alarms, of each kind before the second of any, and what is left out.
+    """Choose the alarms to show, and return their texts.
+
+    The worst alarm of every kind comes before the second of any kind. If some are left out, a last text
+    says how many.
 
     Args:
-        alarms: of one measurement, as ``Alarms.check`` returns them.
-        limit: how many texts.
+        alarms: what ``Alarms.check`` returned.
+        limit: most alarms to show.
     """
     place: Counter[str] = Counter()
     ranked = []

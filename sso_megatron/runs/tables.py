@@ -1,4 +1,4 @@
-"""What is measured of a run, as tables of numbers on the host, and the few that sum them up."""
+"""The measurements of one iteration as tables of numbers on the host, and the headlines of them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,25 +11,30 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Table:
-    """Measurements by row.
+    """The measurements of one iteration of all logical matrices, of all layers, or of all MoE layers.
+
+    ``reader.TableHistory`` is the same over a whole run.
 
     Attributes:
-        rows: names: of logical matrices, or of layers.
+        rows: global names of the logical matrices or layers.
         columns: by name, float64 ``(rows,)``, or ``(rows, experts)`` for ``load``. NaN where a number is
-            not known, infinite where it is.
+            not known; an infinite measurement stays infinite.
     """
 
     rows: tuple[str, ...]
     columns: dict[str, Array]
 
     def column(self, name: str) -> Array:
-        """Return a column of one number a row; all NaN if the table has none of that name."""
+        """Return a column that has one number a row; all NaN if the table has no column of that name."""
         found = self.columns.get(name)
         return np.full(len(self.rows), np.nan) if found is None else found
 
 
+TABLES = ("matrices", "layers", "experts")
+"""Names of the tables: one row a logical matrix, a layer, or a layer with experts."""
+
 Tables = Mapping[str, Table]
-"""``matrices``, ``layers`` and ``experts``; any of them may be missing."""
+"""The tables of one iteration by their names in ``TABLES``; any of them may be missing."""
 
 EMPTY = Table((), {})
 
@@ -41,12 +46,13 @@ def headlines(tables: Tables) -> dict[str, float | None]:
     """Sum a measurement up in a few numbers.
 
     Returns:
-        ``radius_error`` and ``residual``, largest absolute value over the matrices; ``not_converged``,
-        their number; ``update_ratio``, the median; ``activation_rms``, ``activation_max`` and
-        ``logit_max``, largest over the layers; ``max_vio``, largest over layers with experts. None where
-        no row has a number. Infinite where the number is.
+        ``radius_error`` and ``residual``, the largest absolute values over the matrices;
+        ``not_converged``, the number of matrices whose solver did not converge; ``update_ratio``, the
+        median over the matrices; ``activation_rms``, ``activation_max`` and ``logit_max``, the largest
+        over the layers; ``max_vio``, the largest over the layers with experts. None where no row has a
+        number; infinite where the largest is.
     """
-    matrices, layers, experts = (tables.get(name, EMPTY) for name in ("matrices", "layers", "experts"))
+    matrices, layers, experts = (tables.get(name, EMPTY) for name in TABLES)
     converged = _known(matrices, "converged")
     ratios = _known(matrices, "update_ratio")
     return {
