@@ -1,4 +1,4 @@
-"""The criterion that a run has recorded, module by module: table, numbers and heat map."""
+"""The spectral criterion that a run has recorded, by module and layer: numbers, table and heat map."""
 
 import math
 import statistics
@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sso_megatron.runs.file_format import CRITERION_PICTURE, METRICS
 from sso_megatron.runs.json_lines import by_iteration, read_lines
 from sso_megatron.runs.module_names import place_of
 
@@ -39,17 +40,17 @@ class Cell:
 
 
 def read(folder: Path, since: int = 0) -> tuple[list[Cell], list[int]]:
-    """Every module of every layer from a run's ``metrics.jsonl``, and the iterations measured.
+    """Read a run's ``metrics.jsonl``: a cell for every module of every layer, and the measured iterations.
 
     Args:
         folder: what ``--spectral-run-dir`` named.
-        since: the first iteration to look at.
+        since: iterations before this one are left out.
 
     Raises:
-        ValueError: nothing was measured.
-        OSError: the file cannot be read.
+        ValueError: the criterion was not measured.
+        OSError: the file is missing or cannot be read.
     """
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     found = by_iteration(read_lines(path))
     records = {n: line["criterion"] for n, line in found.items() if n >= since and "criterion" in line}
     if not records:
@@ -59,10 +60,10 @@ def read(folder: Path, since: int = 0) -> tuple[list[Cell], list[int]]:
 
 
 def cells_from(records: Iterable[dict[str, dict[str, float | None]]]) -> list[Cell]:
-    """Every module of every layer.
+    """Sum up records in a cell for every module of every layer.
 
     Args:
-        records: the criterion of each measured iteration, as ``metrics.jsonl`` has it.
+        records: the field ``criterion`` of each measured line of ``metrics.jsonl``.
     """
     seen: dict[tuple[str, int | None], list[dict[str, float | None]]] = {}
     for record in records:
@@ -83,7 +84,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def modules(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Cells of each module, by layer, the modules as the first layer has them."""
+    """Group cells by module, each group in the order of layers, modules in the order of the first layer."""
     by_module: dict[str, list[Cell]] = {}
     for cell in sorted(cells, key=lambda cell: -1 if cell.layer is None else cell.layer):
         by_module.setdefault(cell.module, []).append(cell)
@@ -91,7 +92,7 @@ def modules(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 
 def verdict(cells: Sequence[Cell]) -> str:
-    """What the criterion says of a module."""
+    """Say in a few words whether a spectral update helps a module, from its cells."""
     gains = [cell.gain for cell in cells if cell.gain is not None]
     if not gains:
         return "not known"
@@ -104,7 +105,14 @@ def verdict(cells: Sequence[Cell]) -> str:
 def print_table(
     cells: Sequence[Cell], iterations: Sequence[int], console: Console, *, by_layer: bool = False
 ) -> None:
-    """Print a row for each module, medians over layers, or for each module of each layer."""
+    """Print a table with a row for each module.
+
+    Args:
+        cells: from ``read``.
+        iterations: from ``read``.
+        console: to print on.
+        by_layer: a row for each module of each layer, instead of medians over layers.
+    """
     when = f"iteration {iterations[0]}" if len(iterations) == 1 else f"{len(iterations)} iterations"
     if len(iterations) > 1:
         when += f" from {iterations[0]} to {iterations[-1]}"
@@ -138,7 +146,7 @@ def _shown(value: float | None) -> str:
 
 
 def draw(path: Path, cells: Sequence[Cell]) -> None:
-    """Draw the gain, layers down and modules across; the numbers stand in the cells.
+    """Draw the gains as a heat map with a row for each layer and a column for each module.
 
     Args:
         path: picture to write.
@@ -148,7 +156,7 @@ def draw(path: Path, cells: Sequence[Cell]) -> None:
 
 
 def figure_of(runs: Mapping[str, Sequence[Cell]]) -> "Figure":
-    """Heat maps under each other, of each run by its name."""
+    """Draw the heat maps of several runs, by name, below each other."""
     from matplotlib.figure import Figure
 
     tables = {name: _gains(cells) for name, cells in runs.items()}
@@ -164,11 +172,11 @@ def figure_of(runs: Mapping[str, Sequence[Cell]]) -> "Figure":
 
 
 _MAX_ROWS = 40
-"""Of a heat map; a deeper model has several layers a row."""
+"""Most rows of a heat map; in a deeper model a row is the median of several layers."""
 
 
 def _gains(cells: Sequence[Cell]) -> tuple[list[str], list[str], list[list[float | None]]]:
-    """Names of modules, names of layers or of runs of layers, and the median gain of each pair."""
+    """Names of modules, names of rows (a layer or consecutive layers), and each pair's median gain."""
     layers = sorted({cell.layer for cell in cells if cell.layer is not None})
     size = math.ceil(len(layers) / _MAX_ROWS) or 1
     blocks: list[list[int | None]] = [[*layers[i : i + size]] for i in range(0, len(layers), size)]
@@ -204,10 +212,10 @@ def _draw_heat_map(
 
 
 def show(folder: Path) -> None:
-    """At the end of a run: print the table and write ``criterion.png`` into its folder."""
+    """Print the table and write ``criterion.png`` into the run's folder; a failure is one printed line."""
     try:
         cells, iterations = read(folder)
         print_table(cells, iterations, Console(width=200))
-        draw(folder / "criterion.png", cells)
+        draw(folder / CRITERION_PICTURE, cells)
     except (ValueError, OSError) as error:  # it ended before the first measurement, or the disk is full
         print(f"sso_megatron: the criterion is not shown: {error}", flush=True)

@@ -1,4 +1,9 @@
-"""Files of JSON lines of a run that may have been killed while it wrote, and resumed."""
+"""Reads the JSON files of a run that may be writing them, may have been killed meanwhile, or resumed.
+
+``file_format`` describes the files. What a killed run left unfinished is never an error: it reads as if it
+were not there. A file that is there but cannot be read (permissions, a directory, a disk that is gone)
+raises OSError, since its reader would show less than the run has recorded.
+"""
 
 import json
 import sys
@@ -6,39 +11,93 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+Record = dict[str, Any]
+"""A JSON object: a line of ``metrics.jsonl`` or ``measures.jsonl``, or what a file holds."""
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines, without those that a killed run has not finished.
 
-    A line that is no object is left out, too.
+def parse_object(text: bytes) -> Record | None:
+    """The JSON object that a text is; None where it is unfinished or another value than an object."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_object(path: Path) -> Record:
+    """The JSON object in a file; empty where the file is missing, unfinished, or holds no object.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file is there and cannot be read.
     """
-    with path.open() as file:
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    return parse_object(text) or {}
+
+
+def read_lines(path: Path) -> Iterator[Record]:
+    """The JSON objects of a file, one a line; a line that is none is named on standard error and left out.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+    """
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
-                yield record
-            else:
+            record = parse_object(line)
+            if record is None:
                 print(f"{path}, line {number} is not whole, and is left out", file=sys.stderr)
+            else:
+                yield record
 
 
-def by_iteration(records: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Records that have an iteration, ascending.
+def iteration_of(record: Record) -> int | None:
+    """The iteration of a line; None where it has none."""
+    try:
+        return int(record["iteration"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
 
-    One that is not beyond the last begins a resumed part, which replaces what came after.
+
+class IterationOrder:
+    """Finds the lines at which a run was resumed, from their iterations in the order of the file.
+
+    A line whose iteration is not beyond that of the line before begins a resumed part. The part replaces
+    what earlier lines said of this iteration and of later ones.
     """
-    found: dict[int, dict[str, Any]] = {}
+
+    def __init__(self) -> None:
+        self._last: int | None = None
+
+    def is_resumed_at(self, iteration: int) -> bool:
+        """Take the next line's iteration; return whether the line begins a resumed part."""
+        is_resumed = self._last is not None and iteration <= self._last
+        self._last = iteration
+        return is_resumed
+
+
+def drop_from(kept: dict[int, Any], iteration: int) -> bool:
+    """Remove this iteration and later ones, in place, from a dict whose keys are ascending iterations.
+
+    Returns:
+        Whether there were any.
+    """
+    size = len(kept)
+    while kept and next(reversed(kept)) >= iteration:
+        kept.popitem()
+    return len(kept) < size
+
+
+def by_iteration(records: Iterable[Record]) -> dict[int, Record]:
+    """The lines that count, by iteration, ascending; lines without an iteration are left out."""
+    found: dict[int, Record] = {}
+    order = IterationOrder()
     for record in records:
-        try:
-            iteration = int(record["iteration"])
-        except (KeyError, TypeError, ValueError, OverflowError):
+        iteration = iteration_of(record)
+        if iteration is None:
             continue
-        while found and next(reversed(found)) >= iteration:
-            found.popitem()
+        if order.is_resumed_at(iteration):
+            drop_from(found, iteration)
         found[iteration] = record
     return found

@@ -1,6 +1,5 @@
-"""The present state of a run, read from its folder while the run writes to it."""
+"""The present state of a run, read from its folder while the run appends to it."""
 
-import json
 import math
 import os
 import time
@@ -8,10 +7,10 @@ from bisect import bisect_left
 from collections import deque
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-Record = dict[str, Any]
-"""A line of ``metrics.jsonl``."""
+from sso_megatron.runs.file_format import DESCRIPTION, METRICS, SUMMARY
+from sso_megatron.runs.json_lines import IterationOrder, Record, iteration_of, parse_object, read_object
+from sso_megatron.runs.json_numbers import number_of
 
 LIGHTS = {
     "solver": "not_converged",
@@ -20,7 +19,7 @@ LIGHTS = {
     "logits": "logit_max",
     "experts": "max_vio",
 }
-"""Kinds of alarms, and the headline that is known where the kind is measured."""
+"""For each kind of alarm the headline that has a number where the kind is measured."""
 
 _CHUNK_BYTES = 1 << 20
 _MAX_LOSSES = 4096
@@ -35,34 +34,40 @@ _SILENT_GAPS, _SILENT_SECONDS = 10, 60.0
 
 
 class RunState:
-    """What is known of a run; ``poll`` brings it up to date.
+    """The state of a run at the time of the last ``poll``.
 
-    Reads ``metrics.jsonl`` onward from where it left off. A line whose iteration is not beyond the last one
-    begins a resumed part, which replaces what came after. A file that is new or has become shorter is read
-    from its start. Lines that are no records, as a killed run leaves them, are passed over.
+    A poll reads only those lines of ``metrics.jsonl`` that are new, but a file that was replaced or has
+    become shorter from its start. A line that a killed run left unfinished is passed over, and so is one
+    without iteration and time. What a resumed part replaces is forgotten.
 
     Attributes:
         folder: what ``--spectral-run-dir`` names.
-        info: ``run.json``; empty if there is none.
-        summary: ``summary.json``; None if there is none.
+        about: ``run.json``; empty if there is none.
+        summary: ``summary.json``; empty if there is none.
         last: the newest line; None before the first.
-        interval: newest ``lr``, ``grad_norm`` by name.
+        interval: the newest ``lr`` and ``grad_norm``, by name.
         measured: the newest line with ``headlines``; None if there is none.
         losses: iterations and losses of the whole run, thinned out.
         lines: the newest lines with ``lr``.
-        alarms: by kind and module, line and text of the newest alarms, the newest last.
-        num_resumes: how often iterations went back.
+        alarms: iteration and text of the newest alarms by kind and module, the newest last.
+        num_resumes: how often the run was resumed at an iteration that it had done before.
     """
 
     def __init__(self, folder: Path, total: int | None = None) -> None:
-        """Take the folder, which need not exist, and the iterations to make if ``run.json`` is silent."""
+        """Read nothing yet.
+
+        Args:
+            folder: what ``--spectral-run-dir`` names; need not exist.
+            total: iterations of the whole run, used where ``run.json`` does not say.
+        """
         self.folder = folder
         self._total = total
-        self.info: dict[str, Any] = {}
-        self.summary: dict[str, Any] | None = None
+        self.about: Record = {}
+        self.summary: Record = {}
         self._start_anew()
 
     def _start_anew(self) -> None:
+        self._order = IterationOrder()
         self._offset, self._rest = 0, b""
         self._inode: int | None = None
         self.last: Record | None = None
@@ -75,11 +80,16 @@ class RunState:
         self._times: deque[tuple[int, float]] = deque(maxlen=_NUM_PACES + 1)
 
     def poll(self) -> None:
-        """Read what is new."""
-        self.info = _read_json(self.folder / "run.json") or self.info
-        self.summary = _read_json(self.folder / "summary.json")
+        """Read what is new.
+
+        Raises:
+            OSError: a file is there and cannot be read.
+        """
+        # While the run writes run.json it reads as empty; the earlier one still holds.
+        self.about = read_object(self.folder / DESCRIPTION) or self.about
+        self.summary = read_object(self.folder / SUMMARY)
         try:
-            with (self.folder / "metrics.jsonl").open("rb") as file:
+            with (self.folder / METRICS).open("rb") as file:
                 status = os.fstat(file.fileno())
                 if status.st_ino != self._inode or status.st_size < self._offset:
                     self._start_anew()
@@ -98,7 +108,7 @@ class RunState:
         if record is None:
             return
         iteration, at = record["iteration"], record["time"]
-        if self.last is not None and iteration <= self.last["iteration"]:
+        if self._order.is_resumed_at(iteration):
             self._go_back(iteration)
         self.last = record
         self._note_time(iteration, at)
@@ -118,6 +128,7 @@ class RunState:
                 self._note_alarm(iteration, text)
 
     def _go_back(self, iteration: int) -> None:
+        """Forget this iteration and later ones."""
         self.num_resumes += 1
         del self.losses[bisect_left(self.losses, iteration, key=lambda pair: pair[0]) :]
         while self.lines and self.lines[-1]["iteration"] >= iteration:
@@ -140,21 +151,21 @@ class RunState:
             if len(self.alarms) > _NUM_ALARMS:
                 del self.alarms[next(iter(self.alarms))]
 
-    # ------------------------------------------------------------ what follows from it
+    # ------------------------------------------------------------ what follows from the lines
 
     @property
     def iteration(self) -> int:
-        """The last iteration that was written; 0 before the first."""
+        """The iteration of the newest line; 0 before the first."""
         return self.last["iteration"] if self.last else 0
 
     @property
     def total(self) -> int | None:
-        """Iterations that the run shall make."""
-        return int(_number(self.info.get("train_iters")) or 0) or self._total
+        """Iterations of the whole run; None if not known."""
+        return int(number_of(self.about.get("train_iters")) or 0) or self._total
 
     @property
     def pace(self) -> float | None:
-        """Seconds an iteration: the median of the last iterations, so that pauses do not count."""
+        """Seconds an iteration, the median of the last ones: pauses do not count. None if not known."""
         times = list(self._times)
         paces = sorted(((t - t0) / (i - i0), i - i0) for (i0, t0), (i, t) in pairwise(times))
         half = sum(count for _, count in paces) / 2
@@ -166,7 +177,7 @@ class RunState:
 
     @property
     def seconds_left(self) -> float | None:
-        """Time that the iterations to come will take; None if not known, or if none seem to come."""
+        """Time that the remaining iterations will take; None if not known, or if the run seems over."""
         if self.total is None or self.pace is None or self.has_ended or self.silent_seconds is not None:
             return None
         return max(0, self.total - self.iteration) * self.pace
@@ -174,12 +185,15 @@ class RunState:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens a second over all ranks; None if not known."""
-        tokens = _number(self.info.get("tokens_per_iteration"))
+        tokens = number_of(self.about.get("tokens_per_iteration"))
         return tokens / self.pace if tokens and self.pace else None
 
     @property
     def lights(self) -> dict[str, bool | None]:
-        """By kind of alarm: whether all is well; None where it is not measured."""
+        """Whether the newest measurement is well, by kind of alarm; None where the kind is not measured.
+
+        ``gradients`` is well where the newest gradient norm and loss are finite.
+        """
         headlines = self.measured["headlines"] if self.measured else {}
         alarms = self.measured["alarms"] if self.measured else ()
         raised = {text.partition(": ")[0] for text in alarms}
@@ -193,17 +207,17 @@ class RunState:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the summary is there and was written after the start and the lines that are."""
-        ended = _number((self.summary or {}).get("time"))
+        """Whether the summary is newer than the run's start and its lines: a resume leaves the old one."""
+        ended = number_of(self.summary.get("time"))
         return ended is not None and ended >= max(self._started, self.last["time"] if self.last else 0.0)
 
     @property
     def _started(self) -> float:
-        return _number(self.info.get("started")) or 0.0
+        return number_of(self.about.get("started")) or 0.0
 
     @property
     def silent_seconds(self) -> float | None:
-        """Since when there was no line, if that is long for this run; None otherwise."""
+        """Seconds since the newest line, if that is long for this run; None otherwise."""
         if self.last is None or self.has_ended:
             return None
         times = [at for _, at in self._times]
@@ -213,28 +227,26 @@ class RunState:
         return silence if silence > max(_SILENT_SECONDS, _SILENT_GAPS * usual) else None
 
 
-def parallel_sizes(info: Record) -> str:
-    """The layout that ``run.json`` tells, as ``tensor 2, data 4``; empty if all is 1 or unknown."""
-    sizes = info.get("parallel") or {}
+def parallel_sizes(about: Record) -> str:
+    """The parallel sizes in ``run.json`` as text, ``tensor 2, data 4``; empty if all are 1 or unknown."""
+    sizes = about.get("parallel") or {}
     shown = {name: size for name, size in sizes.items() if size > 1}
-    if shown.get("expert_tensor") == sizes.get("tensor"):  # so it is unless somebody says otherwise
+    if shown.get("expert_tensor") == sizes.get("tensor"):  # Megatron's default
         shown.pop("expert_tensor", None)
     return ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in shown.items())
 
 
 def _record(line: bytes) -> Record | None:
-    """A line whose fields are of the kinds that they should be, without those that are not."""
-    try:
-        record = json.loads(line)
-        record |= {"iteration": int(record["iteration"]), "time": float(record["time"])}
-    except (ValueError, TypeError, KeyError, OverflowError):
+    """A line without those of its fields that have a wrong type; None if it lacks iteration or time."""
+    record = parse_object(line) or {}
+    iteration, at = iteration_of(record), number_of(record.get("time"))
+    if iteration is None or at is None or not math.isfinite(at):
         return None
-    if not math.isfinite(record["time"]):
-        return None
+    record |= {"iteration": iteration, "time": at}
     for name in ("loss", "grad_norm", "lr"):
         if name in record:
-            # As runs.writer writes what is not a number; what is not known at all is not there.
-            number = math.nan if record[name] is None and name != "lr" else _number(record[name])
+            # A loss or norm that is not known is left out by the run, so that null is NaN.
+            number = math.nan if record[name] is None and name != "lr" else number_of(record[name])
             record[name] = number
             if number is None and name != "lr":
                 del record[name]
@@ -245,19 +257,3 @@ def _record(line: bytes) -> Record | None:
         [text for text in alarms if isinstance(text, str)] if isinstance(alarms, list) else []
     )
     return record
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """A file of one JSON object; None if it is not there or half written."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

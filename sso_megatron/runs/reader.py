@@ -1,10 +1,5 @@
-"""What a run has written into its ``--spectral-run-dir``, as arrays.
+"""Reads the folder of a run as arrays; ``file_format`` describes its files, any of which may be missing."""
 
-Every part may be missing: an older folder has no ``run.json``, a run that still goes on has no
-``summary.json``, and only a measured one has ``measures.jsonl``.
-"""
-
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +8,32 @@ from typing import Any
 import numpy as np
 
 from sso_megatron.runs.criterion_table import Cell, cells_from
-from sso_megatron.runs.json_lines import by_iteration, read_lines
-
-METRICS, MEASURES = "metrics.jsonl", "measures.jsonl"
+from sso_megatron.runs.file_format import DESCRIPTION, MEASURES, METRICS, SUMMARY
+from sso_megatron.runs.json_lines import (
+    IterationOrder,
+    Record,
+    by_iteration,
+    drop_from,
+    iteration_of,
+    read_lines,
+    read_object,
+)
+from sso_megatron.runs.json_numbers import array_of
+from sso_megatron.runs.tables import TABLES
 
 
 @dataclass(frozen=True)
 class TableHistory:
-    """Measurements of one kind of rows: logical matrices, layers, or layers with experts.
+    """The measurements of all logical matrices, of all layers, or of all MoE layers over a run.
+
+    ``tables.Table`` is one of these measurements.
 
     Attributes:
-        rows: global names, of all that were ever measured.
-        iterations: of the measurements, ascending; (T,) integers.
-        columns: (T, rows) of float32 by name; NaN where there is no number.
-        last: columns of lists, of the last measurement alone: by name a list of numbers for each row.
+        rows: global names of the logical matrices or layers that were ever measured.
+        iterations: the iterations that were measured, ascending; (T,) integers.
+        columns: (T, rows) of float32 by name; NaN where a row has no number.
+        last: columns with a list for each row, such as ``load``: by name, the last measurement's lists by
+            the names of their rows.
     """
 
     rows: list[str] = field(default_factory=list)
@@ -37,19 +44,19 @@ class TableHistory:
 
 @dataclass
 class Run:
-    """The records of a run.
+    """All that a run has recorded, without what a resumed part has replaced.
 
     Attributes:
-        folder: where they are.
-        name: to be shown; ``load`` makes it different for every run.
-        about: ``run.json``: what was run.
-        summary: ``summary.json``: how it ended.
+        folder: the run's folder.
+        name: what pictures and reports call the run; ``load`` gives every run another name.
+        about: ``run.json``, what was trained how; empty if it is missing.
+        summary: ``summary.json``, how the run ended; empty if it is missing.
         iterations: (n,) integers, ascending.
         loss: (n,) in nats a token; NaN where an iteration has none.
-        seconds: (n,) wall time since the run's start; pauses before a resume are part of it.
-        alarms: iteration and text, in order.
-        criterion: of ``--log-spectral-criterion``.
-        tables: ``matrices``, ``layers`` and ``experts``.
+        seconds: (n,) wall time since the run's start; pauses before a resume count.
+        alarms: iteration and text of every alarm, in order.
+        criterion: a cell for each module of each layer; empty without ``--log-spectral-criterion``.
+        tables: the measurements by the names in ``TABLES``, all three always; empty if not measured.
     """
 
     folder: Path
@@ -65,26 +72,34 @@ class Run:
 
     @property
     def optimizer(self) -> str:
-        """The run's ``--optimizer``; empty where it is not known."""
+        """The run's ``--optimizer``; empty if ``run.json`` does not say."""
         return str(self.about.get("optimizer", ""))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those of its optimizer, as far as they are known."""
+        """The optimizer's settings by name, as far as ``run.json`` says."""
         return self.about.get("settings") or {}
 
     @property
     def has_spheres(self) -> bool:
-        """Whether a radius was measured for its matrices."""
+        """Whether the distance of weights from their spheres was measured."""
         return "radius_error" in self.tables["matrices"].columns
 
 
 def load(folders: Iterable[Path]) -> list[Run]:
-    """Read runs and give each a name of its own: the end of its path, as long as needed.
+    """Read runs, and name each by the end of its path, as long as it takes to tell the runs apart.
+
+    Lines that a killed run left unfinished are named on standard error and left out.
+
+    Args:
+        folders: what ``--spectral-run-dir`` named, for each run.
+
+    Returns:
+        A run for each folder, in the same order.
 
     Raises:
-        ValueError: a folder is missing or without records, or stands there twice.
-        OSError: a file cannot be read.
+        ValueError: a folder is missing or without records, or is given twice.
+        OSError: a file is there and cannot be read.
     """
     runs = [_load(folder) for folder in folders]
     paths = [run.folder.resolve().parts for run in runs]
@@ -101,7 +116,7 @@ def _load(folder: Path) -> Run:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; name one that a run's --spectral-run-dir named")
     lines = by_iteration(_lines(folder / METRICS))
-    # What a resume has replaced, and not measured again, stands in the other file still.
+    # measures.jsonl still has the iterations that a resumed part replaced and did not measure.
     measured = {i for i, line in lines.items() if "headlines" in line} if lines else None
     tables = _tables(_lines(folder / MEASURES), measured)
     if not lines and not tables["layers"].rows:
@@ -110,17 +125,17 @@ def _load(folder: Path) -> Run:
             "--spectral-run-dir named"
         )
     iterations = list(lines)
-    times = _numbers([lines[i].get("time") for i in iterations])
-    about = _object(folder / "run.json")
-    # A resumed run has begun before its run.json says.
-    start = np.fmin.reduce(_numbers([about.get("started"), *times.tolist()]), initial=np.inf)
+    times = array_of([lines[i].get("time") for i in iterations])
+    about = read_object(folder / DESCRIPTION)
+    # A resume writes run.json again, so that its start may be later than the first lines.
+    start = np.fmin.reduce(array_of([about.get("started"), *times.tolist()]), initial=np.inf)
     return Run(
         folder,
         folder.resolve().name,
         about,
-        _object(folder / "summary.json"),
+        read_object(folder / SUMMARY),
         np.array(iterations, int),
-        _numbers([lines[i].get("loss") for i in iterations]),
+        array_of([lines[i].get("loss") for i in iterations]),
         times - start,
         [(i, text) for i in iterations for text in lines[i].get("alarms") or []],
         cells_from([lines[i]["criterion"] for i in iterations if "criterion" in lines[i]]),
@@ -128,47 +143,33 @@ def _load(folder: Path) -> Run:
     )
 
 
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
+def _lines(path: Path) -> Iterable[Record]:
     return read_lines(path) if path.exists() else ()
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing where it is missing or half written."""
-    try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _numbers(values: Iterable[Any]) -> np.ndarray:
-    """As float64; NaN where there is no number."""
-    known = [value if isinstance(value, int | float) else np.nan for value in values]
-    return np.array(known, dtype=np.float64)
-
-
-def _tables(lines: Iterable[dict[str, Any]], measured: set[int] | None) -> dict[str, TableHistory]:
-    """The tables of ``measures.jsonl``; rows may change where a run was resumed.
+def _tables(lines: Iterable[Record], measured: set[int] | None) -> dict[str, TableHistory]:
+    """Collect the measurements of each table; rows may change where a run was resumed.
 
     Args:
-        lines: of the file.
-        measured: iterations that count; None if that is not known.
+        lines: the lines of ``measures.jsonl``.
+        measured: iterations whose measurements count; None for all.
     """
     names: dict[str, list[str]] = {}
-    rows: dict[str, dict[str, int]] = {"matrices": {}, "layers": {}, "experts": {}}
-    # By table and iteration: where its numbers belong, and the numbers by column.
-    found: dict[str, dict[int, tuple[np.ndarray, dict[str, np.ndarray]]]] = {table: {} for table in rows}
-    last: dict[str, dict[str, dict[str, list[float]]]] = {table: {} for table in rows}
+    rows: dict[str, dict[str, int]] = {table: {} for table in TABLES}
+    # By table and iteration: the places of the measured rows among all rows, and the numbers by column.
+    found: dict[str, dict[int, tuple[np.ndarray, dict[str, np.ndarray]]]] = {table: {} for table in TABLES}
+    last: dict[str, dict[str, dict[str, list[float]]]] = {table: {} for table in TABLES}
+    order = IterationOrder()
     for line in lines:
         if "tables" in line:
             names = line["tables"]
-        if "iteration" not in line:
+        iteration = iteration_of(line)
+        if iteration is None:
             continue
-        iteration = int(line["iteration"])
-        for table, known_ones in found.items():
-            while known_ones and next(reversed(known_ones)) >= iteration:  # resumed
-                known_ones.popitem()
-                last[table].clear()
+        if order.is_resumed_at(iteration):
+            for table, measurements in found.items():
+                if drop_from(measurements, iteration):
+                    last[table].clear()
         if measured is not None and iteration not in measured:
             continue
         for table, known in rows.items():
@@ -180,7 +181,7 @@ def _tables(lines: Iterable[dict[str, Any]], measured: set[int] | None) -> dict[
                 if any(isinstance(value, list) for value in values):
                     last[table][column] = dict(zip(names[table], values, strict=True))
                 else:
-                    columns[column] = np.array(values, np.float32)
+                    columns[column] = array_of(values, np.float32)
             found[table][iteration] = places, columns
     return {table: _table(list(rows[table]), found[table], last[table]) for table in rows}
 

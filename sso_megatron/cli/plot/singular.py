@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sso_megatron.cli.plot import axes as plot_axes
 from sso_megatron.cli.plot.axes import Picture
+from sso_megatron.runs.file_format import CHECKPOINT
 from sso_megatron.runs.reader import Run
 
 _MAX_BINS = 40
@@ -92,7 +93,7 @@ def draw(runs: list[Run], found: list[Values]) -> Figure:
 def _checkpoints(run: Run) -> Path:
     """Where a run's checkpoints are: run.json may name a folder that is not there any more, or not here."""
     saved = run.about.get("save")
-    beside = run.folder / "checkpoint"
+    beside = run.folder / CHECKPOINT
     if saved and not Path(saved).is_dir() and not beside.is_dir():
         raise ValueError(
             f"neither {saved}, where {run.folder} has saved, nor {beside} is a folder; name a single run's "

@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from sso_megatron.cli.plot import axes as plot_axes
 from sso_megatron.cli.plot.axes import Picture
 from sso_megatron.cli.plot.matrices import draw_all_norms
+from sso_megatron.runs.file_format import RUN_PICTURE
 from sso_megatron.runs.reader import Run, load
 
 _UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
@@ -110,6 +111,6 @@ def draw_run(folder: Path) -> Path:
         if run.has_spheres:
             draw_all_norms(axes[1], run)
         plot_axes.legend(figure, _extra([run]))
-        path = folder / "run.png"
+        path = folder / RUN_PICTURE
         figure.savefig(path)
     return path

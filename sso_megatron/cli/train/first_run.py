@@ -16,6 +16,7 @@ from pathlib import Path
 from sso_megatron.cli.data import command as data
 from sso_megatron.cli.plot import training as plot_training
 from sso_megatron.cli.watch import command as watch
+from sso_megatron.runs.file_format import CHECKPOINT, LOG, SUMMARY
 from sso_megatron.runs.live_state import RunState
 
 # Numbers that fit two CPU cores: about a second an iteration, a good deal below the loss asked for.
@@ -99,8 +100,8 @@ def run(options: argparse.Namespace) -> int:
     status = _train(command, folder, options.iterations)
     if status:
         return status
-    print(f"picture: {plot_training.draw_run(folder)}\ncheckpoint: {folder / 'checkpoint'}")
-    print((folder / "summary.json").read_text().strip())
+    print(f"picture: {plot_training.draw_run(folder)}\ncheckpoint: {folder / CHECKPOINT}")
+    print((folder / SUMMARY).read_text().strip())
     return 0
 
 
@@ -122,7 +123,7 @@ def _flags(optimizer: str, iterations: int, folder: Path, ranks: int) -> list[st
         "--min-lr": lr / 10,
         "--eval-interval": iterations,
         "--optimizer": optimizer,
-        "--save": folder / "checkpoint",
+        "--save": folder / CHECKPOINT,
         "--save-interval": iterations,
         "--ckpt-format": "torch_dist",
         "--spectral-run-dir": folder,
@@ -133,7 +134,7 @@ def _flags(optimizer: str, iterations: int, folder: Path, ranks: int) -> list[st
 
 def _train(command: list[str], folder: Path, iterations: int) -> int:
     """Run the training processes, showing progress; return their exit code."""
-    log_path = folder / "train.log"
+    log_path = folder / LOG
     threads = str(max(1, (os.cpu_count() or 2) // 2))
     # Megatron insists on the second under tensor parallelism on GPUs before Blackwell.
     env = {"OMP_NUM_THREADS": threads, "CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     state = RunState(folder)
     try:
         state.poll()
-        if options.once and not (state.info or state.last or state.summary):
+        if options.once and not (state.about or state.last or state.summary):
             raise ValueError(
                 f"{folder} has no run.json, metrics.jsonl or summary.json; start the run with "
                 f"--spectral-run-dir {folder}, or wait for it without --once"
@@ -97,7 +97,7 @@ def _follow_in_lines(state: RunState, is_over: Callable[[], bool]) -> None:
         state.poll()
         if state.num_resumes != resumes or state.iteration < shown:
             resumes, shown, checked = state.num_resumes, 0, None
-        step = max(1, state.info.get("log_interval") or 1, (state.total or 0) // _PLAIN_LINES)
+        step = max(1, state.about.get("log_interval") or 1, (state.total or 0) // _PLAIN_LINES)
         is_due = over or shown == 0 or state.iteration // step > shown // step
         if state.iteration > shown and is_due:
             shown = state.iteration

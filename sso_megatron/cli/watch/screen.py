@@ -55,12 +55,12 @@ class Screen:
 
 
 def _heading(state: RunState) -> Text:
-    info = state.info
+    about = state.about
     text = Text(overflow="fold")
     text.append(state.folder.resolve().name, style="bold")
-    if info:
-        layout = parallel_sizes(info)
-        text.append(f"  {info.get('optimizer', '')}, {count(info.get('world_size', 1), 'rank')}")
+    if about:
+        layout = parallel_sizes(about)
+        text.append(f"  {about.get('optimizer', '')}, {count(about.get('world_size', 1), 'rank')}")
         text.append(f" ({layout})" if layout else "")
     return text
 
