@@ -1,4 +1,4 @@
-"""Modules and layers by the names of weights and logical matrices."""
+"""Finds module and layer in the names of weights and logical matrices."""
 
 import re
 
@@ -8,9 +8,10 @@ _EXPERT = re.compile(r"(?<=experts\.)local_experts\.\d+\.|(?<=\.weight)\d+")
 
 
 def place_of(name: str) -> tuple[str, int | None]:
-    """Module and layer of a weight or a logical matrix: ``self_attention.linear_qkv.q`` and 3.
+    """Module and layer in a name, such as ``self_attention.linear_qkv.q`` and 3.
 
-    Experts and heads of a layer share a module. The layer is None outside layers.
+    The experts of a layer share a module, and so do the heads of a projection. The layer is None outside
+    layers.
     """
     name = _LABEL.sub(lambda m: f".{m['label']}" if m["label"] else "", name)
     name = _EXPERT.sub("", name).replace(".weight", "")

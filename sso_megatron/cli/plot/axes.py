@@ -1,4 +1,4 @@
-"""How pictures look: readable in grey, by colour-blind people, and with thousands of points."""
+"""The look of all pictures: readable in grey, by colour-blind people, and with thousands of points."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ _MARKERS = "osD^vPX"
 _PATH, _DIGITS = re.compile(r' d="[^"]*"'), re.compile(r"(\.\d\d)\d+")
 _NO_WIDTH = "\u200b"
 _MAX_POINTS = 150
-"""Points of a line: with more an SVG of many panels has several megabytes and looks the same."""
+"""Most points of a line. With more, an SVG of many panels has several megabytes and looks the same."""
 
 _LOOK: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -51,11 +51,11 @@ class Picture:
     """A picture of one or several runs.
 
     Attributes:
-        name: of its files, without an ending.
-        title: of its section in the report.
-        healthy: what a healthy run looks like, one sentence.
-        hint: how to get the records, where a run lacks them.
-        draw: makes the figure; None where no run has the records.
+        name: name of its files, without an ending.
+        title: title of its section in the report.
+        healthy: one sentence on what a healthy run looks like.
+        hint: how to get the records that a run lacks.
+        draw: makes the figure; returns None where no run has the records.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Picture:
 
 @contextlib.contextmanager
 def look() -> Iterator[None]:
-    """Figures that are made and saved inside have the look of all."""
+    """Give figures that are made and saved inside this context the common look."""
     with matplotlib.rc_context(_LOOK):
         yield
 
@@ -75,17 +75,17 @@ def look() -> Iterator[None]:
 def panels(
     count: int, *, across: int = 4, width: float = 3.0, height: float = 2.2
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` axes, in rows of at most ``across``; sizes of one in inches."""
+    """A figure of ``count`` axes, in rows of at most ``across``; width and height of each in inches."""
     columns = min(count, across)
     rows = math.ceil(count / columns)
-    # Room for the legend above.
+    # 0.4 inches for the legend above.
     figure = Figure(figsize=(max(columns * width, 5.0), rows * height + 0.4), layout="constrained")
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
     return figure, axes
 
 
 def style(number: int) -> dict[str, object]:
-    """Colour, dashes and marker of a run, by its number: the same in every picture."""
+    """Colour, dashes and marker of the run with this number, the same in every picture."""
     return {
         "color": _COLOURS[number % len(_COLOURS)],
         "linestyle": _DASHES[number % len(_DASHES)],
@@ -96,42 +96,45 @@ def style(number: int) -> dict[str, object]:
 
 
 def line(axis: Axes, x: np.ndarray, y: np.ndarray, number: int, label: str) -> None:
-    """A run's line; markers on some of its points, at other ones for every run."""
+    """Draw a run's line, with markers on some of its points, on different points for each run."""
     every = max(1, len(x) // 8)
     axis.plot(x, y, label=shown_name(label), markevery=(number % every, every), **style(number))  # type: ignore[arg-type]
 
 
 def band(axis: Axes, x: np.ndarray, spread: np.ndarray, number: int, label: str) -> None:
-    """A run's line between two limits.
+    """Draw a run's line and fill the area between its two limits.
 
     Args:
-        axis: to draw on.
+        axis: axes to draw on.
         x: (n,), ascending.
         spread: (3, n): lower limit, line, upper limit.
-        number: of the run.
-        label: of the line.
+        number: the run's number, which gives its style.
+        label: the run's name, for the legend.
     """
     x, (low, middle, high) = thinned(x, spread)
     line(axis, x, middle, number, label)
     colour, dashes = _COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)]
-    # Its edges tell a band from others over it, in grey, too.
+    # Edges tell bands that overlap apart, in grey, too.
     edge: dict[str, Any] = {"edgecolor": (colour, 0.6), "linewidth": 0.5, "linestyle": dashes}
     axis.fill_between(x, low, high, facecolor=(colour, 0.12), **edge)
 
 
 def shown_name(name: str) -> str:
-    """A run's name as matplotlib shows it whole: `$` would begin a formula, a leading `_` hides a label."""
+    """Escape a run's name for matplotlib: `$` would begin a formula, a leading `_` hides a label."""
     name = name.replace("$", r"\$")
     return f"{_NO_WIDTH}{name}" if name.startswith("_") else name
 
 
 def plain_name(text: str) -> str:
-    """What ``shown_name`` was given."""
+    """Undo ``shown_name``."""
     return text.removeprefix(_NO_WIDTH).replace(r"\$", "$")
 
 
 def thinned(x: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of many points blocks: the mean of the line's numbers, the widest limits. Ends at the last point.
+    """Replace many points by fewer, one for each block of equally many; the first block may be smaller.
+
+    The point of a block has the mean of the line, the widest limits and the x of its last point. Up to
+    ``_MAX_POINTS`` points nothing changes.
 
     Args:
         x: (n,).
@@ -152,7 +155,7 @@ def thinned(x: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def spread_of(values: np.ndarray, middle: Callable[..., np.ndarray] = np.nanmedian) -> np.ndarray:
-    """Smallest, middle and largest of each row, as (3, n); NaN where a row (of (n, k)) has no number."""
+    """Smallest, middle and largest finite value of each row of (n, k), as (3, n); NaN if it has none."""
     found = np.full((3, len(values)), np.nan)
     known = np.isfinite(values).any(axis=1)
     if known.any():
@@ -162,24 +165,24 @@ def spread_of(values: np.ndarray, middle: Callable[..., np.ndarray] = np.nanmedi
 
 
 def label_iterations(axis: Axes) -> None:
-    """Whole numbers below an axis of iterations."""
+    """Label the horizontal axis as iterations, with whole numbers."""
     axis.set_xlabel("iteration")
     whole_numbers(axis, 5)
 
 
 def whole_numbers(axis: Axes, most: int = 10) -> None:
-    """Whole numbers alone below an axis, at most so many."""
+    """Have only whole numbers at the horizontal axis, at most ``most``."""
     axis.xaxis.set_major_locator(MaxNLocator(most, integer=True))
 
 
 def log_if_wide(*axes: Axes) -> None:
-    """Logarithmic axes where all their lines span a decade; elsewhere there would be hardly a tick."""
+    """Make axes logarithmic if their lines together span a decade; less would have hardly a tick."""
     lines = [np.ravel(line.get_ydata()) for axis in axes for line in axis.lines]
     values = np.concatenate(lines or [np.zeros(0)])
     values = values[np.isfinite(values) & (values > 0)]
     if not values.size or values.max() < 10 * values.min():
         return
-    # A tick at 3, too, where decades alone would be two or three.
+    # Ticks at 3, too, where decades alone would give two or three ticks.
     subs = (1.0, 3.0) if values.max() < 30 * values.min() else (1.0,)
     for axis in axes:
         axis.set_yscale("log")
@@ -189,7 +192,7 @@ def log_if_wide(*axes: Axes) -> None:
 
 
 def legend(figure: Figure, extra: Sequence[Line2D] = ()) -> None:
-    """One legend of all panels above them, never over what is drawn."""
+    """Put one legend for all panels above them, never over what is drawn."""
     found: dict[str, Any] = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -202,7 +205,7 @@ def legend(figure: Figure, extra: Sequence[Line2D] = ()) -> None:
 
 
 def svg_of(figure: Figure) -> str:
-    """A figure as SVG, the same for the same numbers."""
+    """Return a figure as SVG; the same numbers give the same text."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Type", "Format")))
     # Two digits of a point are enough on any screen, and half of the file.
@@ -212,7 +215,7 @@ def svg_of(figure: Figure) -> str:
 
 
 def lay_out(figure: Figure) -> None:
-    """Place everything, once for all formats."""
+    """Fix the layout of a figure, once for all formats."""
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)

@@ -1,4 +1,4 @@
-"""The model's health by layer: activations, attention's logits, load of the experts."""
+"""Pictures of a model's health by layer: activations, attention logits, load of the experts."""
 
 import re
 
@@ -20,16 +20,16 @@ _ACTIVATIONS = {
     for where, place in _PLACES.items()
 }
 _MAX_LOAD = 2.0
-"""Where the colours of loads end; all above are alike."""
+"""Load at which the colours end; larger ones have the same colour."""
 
 
 def over_training(runs: list[Run]) -> Figure | None:
-    """A panel for each size of activations: means over layers, with the smallest and largest."""
+    """Draw a panel for each size of activations: the mean, smallest and largest over layers."""
     return _activation_panels(runs, is_by_layer=False)
 
 
 def by_layer(runs: list[Run]) -> Figure | None:
-    """A panel for each: its last values by layer; of a single run also the first ones."""
+    """Draw a panel for each size of activations by layer: last values; of a single run also the first."""
     return _activation_panels(runs, is_by_layer=True)
 
 
@@ -55,7 +55,7 @@ def _activation_panels(runs: list[Run], is_by_layer: bool) -> Figure | None:
 
 
 def over_training_and_layers(runs: list[Run], table: str, column: str, label: str) -> Figure | None:
-    """Two panels: means over training, and the last values by layer."""
+    """Draw two panels: a column's mean over training, and its last values by layer."""
     if not _known(runs, table, {column: label}):
         return None
     figure, axes = plot_axes.panels(2, across=2, width=5.0, height=3.0)
@@ -96,7 +96,7 @@ def _draw_layers(
 
 
 def _layers(rows: list[str]) -> tuple[np.ndarray, list[int]]:
-    """Numbers of the layers, ascending, the decoder's first, and the rows in that order."""
+    """Numbers of the layers, ascending, the decoder's first, and the indices of rows in that order."""
 
     def number(name: str) -> int:
         found = re.search(r"layers\.(\d+)$", name)
@@ -104,14 +104,14 @@ def _layers(rows: list[str]) -> tuple[np.ndarray, list[int]]:
 
     order = sorted(range(len(rows)), key=lambda i: (not rows[i].startswith("decoder."), number(rows[i])))
     numbers: list[int] = []
-    for i in order:  # those of multi-token prediction come after the decoder's
+    for i in order:  # layers of multi-token prediction are numbered on after the decoder's
         own = number(rows[i])
         numbers.append(own if not numbers or own > numbers[-1] else numbers[-1] + 1)
     return np.array(numbers), order
 
 
 def expert_load(runs: list[Run]) -> Figure | None:
-    """A heat map for each run: layers down, experts across."""
+    """Draw a heat map for each run, with a row for each layer and a column for each expert."""
     loads = {run.name: run.tables["experts"].last["load"] for run in runs if _has_load(run)}
     if not loads:
         return None
@@ -144,7 +144,7 @@ def _ticks(layers: np.ndarray) -> tuple[list[int], list[str]]:
 
 
 def criterion(runs: list[Run]) -> Figure | None:
-    """The criterion's heat map of each run that has recorded it."""
+    """Draw the criterion's heat map of each run that has recorded it."""
     some = {plot_axes.shown_name(run.name): run.criterion for run in runs if run.criterion}
     return criterion_table.figure_of(some) if some else None
 

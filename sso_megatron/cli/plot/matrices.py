@@ -1,4 +1,4 @@
-"""What was measured of every matrix, a panel for each kind of module."""
+"""Pictures of the measurements of every logical matrix, with a panel for each kind of module."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ _NORM = "‖W‖₂ / R"
 
 @dataclass(frozen=True)
 class Quantity:
-    """A column of a run's matrices.
+    """A column of the table of matrices, and how it is drawn.
 
     Attributes:
-        column: its name.
-        label: of the vertical axis.
-        value: what is shown of the column's numbers.
-        middle: of a kind's matrices, the line.
-        is_log: whether the axis is logarithmic, where the numbers span a decade.
+        column: name of the column.
+        label: label of the vertical axis.
+        value: makes the shown numbers from the column's.
+        middle: reduces the values of a kind of module to its line.
+        is_log: whether the axis is logarithmic if the numbers span a decade.
         is_shared: whether all panels have the same limits.
     """
 
@@ -39,7 +39,7 @@ class Quantity:
 
 
 def kinds(rows: list[str]) -> dict[str, list[int]]:
-    """Rows of each kind of module, attention's first."""
+    """Indices of the rows of each kind of module, attention's first."""
     found: dict[str, list[int]] = {}
     for i, name in enumerate(rows):
         found.setdefault(place_of(name)[0], []).append(i)
@@ -48,7 +48,7 @@ def kinds(rows: list[str]) -> dict[str, list[int]]:
 
 
 def draw(runs: list[Run], quantity: Quantity) -> Figure | None:
-    """Each kind's smallest, middle and largest value over training; runs overlaid."""
+    """Draw the smallest, middle and largest value of each kind over training, runs overlaid."""
     parts = [
         (number, run, run.tables["matrices"])
         for number, run in enumerate(runs)
@@ -84,7 +84,7 @@ def draw(runs: list[Run], quantity: Quantity) -> Figure | None:
 
 
 def _draw_limits(axis: Axes, run: Run, quantity: Quantity, members: list[int], number: int) -> None:
-    """What the values of a quantity should stay within."""
+    """Draw the limits that the values of a quantity should stay within."""
     colour = plot_axes.style(number)["color"]
     columns, iterations = run.tables["matrices"].columns, run.tables["matrices"].iterations
     if quantity.column == "radius_error":
@@ -99,7 +99,7 @@ def _draw_limits(axis: Axes, run: Run, quantity: Quantity, members: list[int], n
 
 
 def _tolerance(run: Run) -> float | None:
-    """Where the search for the multiplier stops; tracking takes its trials and stops."""
+    """The residual at which bisection stops; None for tracking, which stops after its trials."""
     is_searched = run.settings.get("solver") == "bisection"
     return run.settings.get("solver_tolerance") if is_searched else None
 
@@ -115,7 +115,7 @@ def _notes(runs: list[Run], quantity: Quantity) -> list[Line2D]:
 
 
 def draw_all_norms(axis: Axes, run: Run) -> None:
-    """Spectral norms by their radii over training, of all matrices on one axis."""
+    """Draw the spectral norms of all matrices by their radii over training, on one axis."""
     table = run.tables["matrices"]
     low, middle, high = plot_axes.spread_of(table.columns["radius_error"] + 1)
     for values, dashes, label in ((high, "--", "largest"), (middle, "-", "median"), (low, ":", "smallest")):

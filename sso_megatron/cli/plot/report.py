@@ -1,4 +1,4 @@
-"""One HTML file with every picture of some runs: no script, and nothing that is fetched."""
+"""The report: one HTML file with every picture of some runs, without scripts and without network."""
 
 import datetime
 import json
@@ -20,22 +20,22 @@ from sso_megatron.runs.reader import Run
 from sso_megatron.version import __version__
 
 _MAX_ALARMS = 30
-"""Kinds of alarms of a run that are listed."""
+"""Most kinds of alarms that are listed for a run."""
 
-# "name"="id" in matplotlib's SVG, and what points to it.
+# The place before an id in matplotlib's SVG, and before each reference to one.
 _ID = re.compile(r'(?<=\bid=")(?=[^"])|(?<=url\(#)|(?<=href="#)')
 
 
 @dataclass(frozen=True)
 class RepeatedAlarm:
-    """An alarm that may have come at many iterations.
+    """Alarms of a run that differ in their numbers alone.
 
     Attributes:
-        run: its name.
-        text: the first one's.
-        first: iteration.
-        last: iteration.
-        count: how often, numbers in the text aside.
+        run: name of the run.
+        text: text of the first alarm.
+        first: iteration of the first alarm.
+        last: iteration of the last alarm.
+        count: how many alarms.
     """
 
     run: str
@@ -52,8 +52,8 @@ def write(
 
     Args:
         path: file to write.
-        runs: what it is of.
-        drawn: elements of the pictures, in order.
+        runs: the runs that are reported.
+        drawn: HTML elements of the pictures, in order.
         missing: pictures that the runs have no records for.
     """
     found = [alarms(run) for run in runs]
@@ -73,7 +73,7 @@ def write(
 
 
 def alarms(run: Run) -> list[RepeatedAlarm]:
-    """A run's alarms by kind, in order of the first: those that differ in numbers alone are one kind."""
+    """Group a run's alarms, in the order of each group's first; a group's differ in numbers alone."""
     kinds: dict[str, list[tuple[int, str]]] = {}
     for iteration, text in run.alarms:
         if text.startswith("... and"):  # how many more there were
@@ -86,7 +86,7 @@ def alarms(run: Run) -> list[RepeatedAlarm]:
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Rows of the table of runs: what it says, and of each run."""
+    """Rows of the table of runs: the name of a fact, and its text for each run."""
     facts = [
         ("optimizer", [run.optimizer for run in runs]),
         ("iterations", [_number(_last_iteration(run)) for run in runs]),
@@ -126,7 +126,7 @@ def _date(seconds: float | None) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Settings of a single run, or those in which several differ."""
+    """All settings of a single run, or the settings in which several runs differ."""
     all_settings = [_flat(run.about) for run in runs]
     names = dict.fromkeys(name for settings in all_settings for name in settings)
     table = [(name, [settings.get(name, "") for settings in all_settings]) for name in names]
@@ -148,12 +148,12 @@ def _flat(about: Mapping[str, Any]) -> dict[str, str]:
 
 
 def element(picture: Picture, figure: Figure, svg: str) -> str:
-    """A picture as an element of a page, with ids of its own and a text for those who do not see it.
+    """Make a picture an HTML element, with unique ids and a text for people who do not see it.
 
     Args:
-        picture: gives name and title.
-        figure: what was drawn.
-        svg: the figure as a file.
+        picture: name and title.
+        figure: the drawn figure.
+        svg: the figure as an SVG file's text.
     """
     text = _ID.sub(f"{picture.name}-", svg[svg.index("<svg ") :])
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
@@ -165,7 +165,7 @@ def element(picture: Picture, figure: Figure, svg: str) -> str:
 
 
 def _alternative(picture: Picture, figure: Figure) -> str:
-    """What the picture shows, in words: its panels, and each line from its first to its last value."""
+    """Describe in words what a picture shows: its panels, and each line's first and last value."""
     told = []
     for axis in figure.axes:
         ends = []

@@ -1,4 +1,4 @@
-"""Histograms of singular values over training, from checkpoints."""
+"""Histograms of the singular values of weights over training, from checkpoints."""
 
 import argparse
 import re
@@ -17,17 +17,17 @@ from sso_megatron.runs.reader import Run
 
 _MAX_BINS = 40
 _HEIGHT = 0.9
-"""Of the highest bar; the next histogram begins at 1."""
+"""Height of the highest bar; the next histogram begins at 1."""
 
 Values = dict[str, dict[int, Tensor]]
 """Singular values by name of the matrix and by iteration."""
 
 
 def check(options: argparse.Namespace) -> None:
-    """Whether ``--weights`` and ``--checkpoints`` can be used.
+    """Check ``--weights`` and ``--checkpoints``.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: they cannot be used.
     """
     if options.weights is not None:
         try:
@@ -44,10 +44,12 @@ def check(options: argparse.Namespace) -> None:
 
 
 def picture(options: argparse.Namespace, runs: list[Run]) -> Picture:
-    """The picture that ``--weights`` asks for; one that cannot be drawn if it was not given.
+    """Read the singular values that ``--weights`` asks for, and return their picture.
+
+    Without ``--weights`` the picture has nothing to draw.
 
     Raises:
-        ValueError: checkpoints that cannot be read, or a pattern that fits none or too many matrices.
+        ValueError: checkpoints cannot be read, or the pattern fits no matrix or too many.
     """
     found: list[Values] = []
     if options.weights is not None:
@@ -67,10 +69,10 @@ def picture(options: argparse.Namespace, runs: list[Run]) -> Picture:
 
 
 def draw(runs: list[Run], found: list[Values]) -> Figure:
-    """A panel for each matrix and run, a histogram in it for each checkpoint.
+    """Draw a panel for each matrix and run, with a histogram for each checkpoint.
 
     Args:
-        runs: to draw.
+        runs: runs to draw.
         found: singular values of each run.
     """
     names = list(dict.fromkeys(name for values in found for name in values))
@@ -91,7 +93,10 @@ def draw(runs: list[Run], found: list[Values]) -> Figure:
 
 
 def _checkpoints(run: Run) -> Path:
-    """Where a run's checkpoints are: run.json may name a folder that is not there any more, or not here."""
+    """The folder of a run's checkpoints.
+
+    The folder in ``run.json`` may have been removed, or be on another machine.
+    """
     saved = run.about.get("save")
     beside = run.folder / CHECKPOINT
     if saved and not Path(saved).is_dir() and not beside.is_dir():
@@ -103,7 +108,7 @@ def _checkpoints(run: Run) -> Path:
 
 
 def _ridges(axis: Axes, by_iteration: dict[int, np.ndarray], largest: float) -> None:
-    """Histograms above each other, the first lowest, all to one scale."""
+    """Draw histograms above each other, the first lowest, all to one scale."""
     # Four values a bar at least: a head of 16 rows has only 16 of them.
     num_values = max((len(values) for values in by_iteration.values()), default=0)
     edges = np.linspace(0, largest * 1.02, int(np.clip(num_values // 4, 8, _MAX_BINS)) + 1)

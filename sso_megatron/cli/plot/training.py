@@ -1,4 +1,4 @@
-"""The loss, and the picture that a first run ends with."""
+"""The picture of losses, and the picture that ``sso-megatron first-run`` draws."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ _SCALES = (
 
 
 def loss(runs: list[Run]) -> Figure | None:
-    """Loss against iterations, wall time and, where it is known of every run, tokens."""
+    """Draw the loss against iterations, wall time and, where it is known for every run, tokens."""
     runs = [run for run in runs if np.isfinite(run.loss).any()]
     if not runs:
         return None
@@ -51,7 +51,7 @@ def loss(runs: list[Run]) -> Figure | None:
 
 
 def _unit(units: tuple[tuple[float, str], ...], values: list[np.ndarray]) -> tuple[float, str]:
-    """The largest unit of which there are at least two."""
+    """The largest unit, with its name, of which the largest value has at least two."""
     largest = max(float(np.nanmax(of_run, initial=0)) for of_run in values)
     return next(((size, name) for size, name in units if largest >= 2 * size), units[-1])
 
@@ -67,13 +67,13 @@ def _draw(axis: Axes, run: Run, number: int, x: np.ndarray) -> None:
         axis.plot(x[place], validation, "*", mfc="w", mec=colour, ms=11, mew=1.3, zorder=5)
     if run.alarms:
         wanted = np.isin(run.iterations[known], [iteration for iteration, _ in run.alarms])
-        # At the foot of the axis, a row for each run.
+        # Alarms stand at the foot of the axis, in a row for each run.
         heights = np.full(wanted.sum(), 0.02 + 0.035 * number)
         axis.plot(x[wanted], heights, "|", color=colour, ms=8, transform=axis.get_xaxis_transform())
 
 
 def _extra(runs: list[Run]) -> list[Line2D]:
-    """What the legend says beside the runs' names."""
+    """Entries of the legend beside the runs' names."""
     found = []
     if any(run.summary.get("val_loss") is not None for run in runs):
         style = {"marker": "*", "mfc": "w", "mec": "k", "ms": 11, "ls": "none"}

@@ -1,4 +1,4 @@
-"""``sso-megatron first-run``: a small Megatron GPT trained on text that every machine has.
+"""``sso-megatron first-run``: trains a small Megatron GPT on text that every machine has.
 
 The paper's architecture in small (GQA, SwiGLU, RMSNorm, RoPE, QK-norm, untied embeddings; 2.5 million
 parameters), byte-level, on the Python standard library's source files, over two tensor-parallel

@@ -1,4 +1,4 @@
-"""``sso-megatron watch``: how a run is doing, from the files that it writes."""
+"""``sso-megatron watch``: follows a run by the files that it writes."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from sso_megatron.cli.watch.screen import Screen, plain_line, status
 from sso_megatron.runs.live_state import RunState
 
 _POLL_SECONDS = 0.5
-_PLAIN_LINES = 100  # of a whole run, at most
+_PLAIN_LINES = 100  # most lines of a whole run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,24 +50,24 @@ def run(options: argparse.Namespace) -> int:
 
 
 def exit_on_signals() -> None:
-    """End by an exception at SIGTERM and SIGHUP, but for what is ignored, as under ``nohup``."""
+    """Make SIGTERM and SIGHUP raise SystemExit, unless they are ignored, as SIGHUP is under ``nohup``."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda received, frame: sys.exit(128 + received))
 
 
 def discard_output() -> None:
-    """After a broken pipe: whoever read has gone, and Python would complain again when it ends."""
+    """Send standard output to nowhere. After a broken pipe Python would report it again when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def follow(state: RunState, is_over: Callable[[], bool], plain: bool = False) -> None:
-    """Show a run until it is over, and its last state then.
+    """Show a run until it is over, and its last state at the end.
 
     Args:
-        state: the run, which is polled.
-        is_over: asked before each poll.
-        plain: lines also on a terminal. Elsewhere, as in a file of Slurm's, there are lines in any case.
+        state: state of the run, which this function polls.
+        is_over: whether the run is over; called before each poll.
+        plain: print lines on a terminal, too, instead of a screen. A file always gets lines.
     """
     console = Console()
     # Not console.is_terminal: FORCE_COLOR makes that true for files.
@@ -91,7 +91,7 @@ def follow(state: RunState, is_over: Callable[[], bool], plain: bool = False) ->
 def _follow_in_lines(state: RunState, is_over: Callable[[], bool]) -> None:
     shown, said, resumes = 0, "", 0
     raised: set[str] = set()
-    checked: int | None = None  # the last measurement whose alarms were said
+    checked: int | None = None  # iteration of the last measurement whose alarms were printed
     while True:
         over = is_over()
         state.poll()
@@ -120,7 +120,7 @@ def _follow_in_lines(state: RunState, is_over: Callable[[], bool]) -> None:
 
 
 def _kind_of_status(state: RunState) -> str:
-    """The status without its numbers: what has been said once is not said again."""
+    """The status without its numbers; a status is printed only when its kind changes."""
     if state.silent_seconds is not None:
         return "silent"
     return "running" if status(state).startswith("running") else status(state)

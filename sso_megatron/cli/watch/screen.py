@@ -20,36 +20,37 @@ _SIGNS = {
 _SPARKLINE_WIDTH = 50
 _LOSS_TEXT_WIDTH = 30
 _MAX_ALARMS, _MAX_LINES = 5, 8
-_ROWS_FOR_LINES = 4  # that further alarms than the first leave, one of them for the names of columns
+# Rows that all alarms but the first leave for the newest lines, one of them for the names of columns.
+_ROWS_FOR_LINES = 4
 
 
 class Screen:
-    """One screen; rich asks it for its contents at every refresh, for the terminal's present size."""
+    """A run on one screen. Rich asks for its contents at every refresh, with the terminal's size."""
 
     def __init__(self, state: RunState) -> None:
-        """Take the run to show."""
+        """Show this state, as it is at each refresh."""
         self.state = state
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Any:
-        """Yield the parts from top to bottom: alarms and newest lines as far as there is room."""
+        """Yield the parts from top to bottom; alarms and newest lines as far as they fit."""
         state = self.state
-        room = console.size.height - 1
+        rows_left = console.size.height - 1
         parts: list[RenderableType] = [_heading(state), _status(state)]
         if state.last is not None:
             lights = (_light(*light, options.ascii_only) for light in state.lights.items())
             parts += [_bar(state), _numbers(state, options), Columns(lights, padding=(0, 3))]
         for part in parts:
-            room -= len(console.render_lines(part, options))
+            rows_left -= len(console.render_lines(part, options))
             yield part
         newest_first = sorted(state.alarms.values(), key=lambda alarm: -alarm[0])
         for place, alarm in enumerate(newest_first[:_MAX_ALARMS]):
             part = _alarm(state, *alarm)
             height = len(console.render_lines(part, options))
-            if room - height < (_ROWS_FOR_LINES if place else 0):
+            if rows_left - height < (_ROWS_FOR_LINES if place else 0):
                 break
-            room -= height
+            rows_left -= height
             yield part
-        num_lines = min(_MAX_LINES, len(state.lines), room - 1)
+        num_lines = min(_MAX_LINES, len(state.lines), rows_left - 1)
         if num_lines > 0:
             yield _lines(list(state.lines)[-num_lines:])
 
@@ -117,7 +118,7 @@ def _light(name: str, is_well: bool | None, ascii_only: bool) -> Text:
 
 
 def _alarm(state: RunState, iteration: int, text: str) -> Table:
-    """One that was not raised again in the newest measurement is dim and has no sign."""
+    """An alarm; dim and without a sign if the newest measurement did not raise it again."""
     is_on = state.measured is not None and state.measured["iteration"] == iteration
     grid = Table.grid(padding=(0, 1))
     grid.add_row("!" if is_on else " ", str(iteration), Text(text, overflow="fold"))
@@ -138,7 +139,7 @@ def _lines(lines: Sequence[dict[str, Any]]) -> Table:
 
 
 def status(state: RunState) -> str:
-    """What the run is doing, in a few words."""
+    """Say what the run is doing, in a few words."""
     if state.has_ended and state.summary is not None:
         verb = "stopped by --spectral-health" if "stopped" in state.summary else "ended"
         text = f"{verb} after {count(state.iteration, 'iteration')}"
@@ -155,7 +156,7 @@ def status(state: RunState) -> str:
 
 
 def plain_line(state: RunState) -> str:
-    """The newest state as one line."""
+    """Sum up the state in one line."""
     loss = (state.last or {}).get("loss")
     parts = [f"iteration {_iteration(state).removeprefix('iteration ')}"]
     parts += [] if loss is None else [f"loss {loss:.3f}"]
@@ -172,12 +173,12 @@ def plain_line(state: RunState) -> str:
 
 
 def sparkline(losses: Sequence[tuple[int, float]], width: int, ascii_only: bool = False) -> str:
-    """A curve of at most ``width`` characters: means over equal parts of the iterations.
+    """Draw losses as a curve of at most ``width`` characters: means over equal parts of the iterations.
 
     Args:
-        losses: iterations, ascending, and finite values; at least one.
+        losses: ascending iterations and their finite losses; at least one.
         width: largest number of characters.
-        ascii_only: for a terminal without Unicode.
+        ascii_only: whether the terminal has no Unicode.
     """
     first, last = losses[0][0], losses[-1][0]
     width = min(width, len(losses))
@@ -193,7 +194,7 @@ def sparkline(losses: Sequence[tuple[int, float]], width: int, ascii_only: bool 
 
 
 def duration(seconds: float) -> str:
-    """``45 s``, ``3 min 20 s``, ``2 h 05 min`` or ``3 d 4 h``."""
+    """Format a time as ``45 s``, ``3 min 20 s``, ``2 h 05 min`` or ``3 d 4 h``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -205,5 +206,5 @@ def duration(seconds: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """``1 rank``, ``2 ranks``."""
+    """Format a number of things: ``1 rank``, ``2 ranks``."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
