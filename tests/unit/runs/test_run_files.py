@@ -64,6 +64,22 @@ def test_all_readers_agree_on_a_run_that_was_resumed_twice(
         assert dict(zip(table.iterations, table.columns["x"][:, 0], strict=True)) == wanted
 
 
+def test_a_resumed_iteration_that_has_no_numbers(tmp_path: Path) -> None:
+    """A loss and a table that it does not have again are those of the part before, and go."""
+    append(tmp_path, record(1), record(2), record(2, loss=None))
+    tables = {"layers": ["a"], "experts": ["a"]}
+    measures = [{"tables": tables}, *({"iteration": i, "layers": {"x": [i]}} for i in (1, 2))]
+    measures.append({"iteration": 2, "experts": {"y": [0.5]}})
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / MEASURES).write_text("".join(json.dumps(line) + "\n" for line in measures))
+    assert [i for i, _ in state_of(tmp_path).losses] == [1]
+    (run,), (measured,) = load([tmp_path]), load([alone])
+    assert list(run.iterations) == [1, 2] and np.isnan(run.loss[1])
+    assert list(measured.tables["layers"].iterations) == [1]
+    assert list(measured.tables["experts"].iterations) == [2]
+
+
 def test_a_run_that_is_watched_while_it_is_resumed(resumed: Path, tmp_path: Path) -> None:
     """A poll after every line ends where one of the whole file does."""
     watched = tmp_path / "watched"
