@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import browser as browsers
-from helpers.megatron import Megatron, zygote
+from helpers.megatron_runs import Megatron, zygote
 
 _MARKERS = {"megatron": "megatron", "other": "megatron", "browser": "browser", "cluster": "slurm"}
 """The marker of every test that asks for a fixture, itself or through another one."""

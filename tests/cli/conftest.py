@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.megatron import MOE, Megatron, tiny
+from helpers.megatron_runs import MOE, Megatron, tiny
 
 EVERY = ["--log-spectral-metrics", 2, "--train-iters", 6, "--spectral-mup-init"]
 

@@ -227,7 +227,7 @@ def test_one_line_errors_before_anything_starts(
 # One process for all runs: importing Megatron takes some ten seconds.
 DRIVER = """
 import sys
-from sso_megatron.cli import bench_measure
+from sso_megatron.cli.bench import measure as bench_measure
 from sso_megatron.cli.main import main
 
 def bench(name, argv):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.megatron import tiny
+from helpers.megatron_runs import tiny
 from helpers.paths import HELPERS
 from helpers.terminal import Terminal
 

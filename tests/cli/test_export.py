@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from helpers.comparisons import stored
-from helpers.megatron import MOE, Megatron, Run, expert_by_itself, tiny
+from helpers.megatron_runs import MOE, Megatron, Run, expert_by_itself, tiny
 from sso_megatron.cli import main as cli
 from sso_megatron.cli.export import _write_safetensors
 from sso_megatron.mcore.offline.export import stored_radii

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from helpers.browser import Browser
-from helpers.megatron import MOE, Megatron, Run, tiny
+from helpers.megatron_runs import MOE, Megatron, Run, tiny
 from sso_megatron.cli.plan.speed import Speed
 from sso_megatron.mcore.plan.records import Load, Plan, RankLoad
 

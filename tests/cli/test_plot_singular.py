@@ -10,7 +10,7 @@ import torch
 
 from helpers import probes
 from helpers.comparisons import stored
-from helpers.megatron import MOE, Megatron, Run, expert_by_itself, tiny
+from helpers.megatron_runs import MOE, Megatron, Run, expert_by_itself, tiny
 from sso_megatron.cli.main import main
 from sso_megatron.cli.plot import axes as plot_axes
 from sso_megatron.cli.plot import singular as plot_singular

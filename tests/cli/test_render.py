@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import sso_megatron
-from helpers.megatron import Megatron
+from helpers.megatron_runs import Megatron
 from sso_megatron.cli.experiments import fragments as experiments
 
 FILES = {

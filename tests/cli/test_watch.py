@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.megatron import MOE, Megatron, tiny
+from helpers.megatron_runs import MOE, Megatron, tiny
 from helpers.run_folders import OFF_RADIUS, WEIGHT, append, begin, interval, record, state_of
 from helpers.terminal import Terminal
 from sso_megatron.runs.live_state import LIGHTS

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 
-from helpers.megatron import Run
+from helpers.megatron_runs import Run
 
 
 def assert_equal(found: object, wanted: object, where: str = "") -> None:

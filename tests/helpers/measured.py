@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.megatron import Run
+from helpers.megatron_runs import Run
 
 Measured = dict[str, dict[str, dict[str, Any]]]
 """Table, row, column."""

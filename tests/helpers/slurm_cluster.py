@@ -13,7 +13,7 @@ from collections.abc import Callable
 from getpass import getuser
 from pathlib import Path
 
-from helpers.megatron import free_port
+from helpers.megatron_runs import free_port
 
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"])
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")

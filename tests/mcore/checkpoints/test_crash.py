@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers.checkpoint_probes import POINTS
-from helpers.megatron import Megatron, Run, tiny
+from helpers.megatron_runs import Megatron, Run, tiny
 from sso_megatron.mcore.checkpoint.folders import (
     MANIFEST,
     TRACKER,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.megatron import MOE, Megatron, Run, tiny
+from helpers.megatron_runs import MOE, Megatron, Run, tiny
 from sso_megatron.mcore.checkpoint.compatibility import drop_missing_optional
 from sso_megatron.mcore.checkpoint.folders import MANIFEST, TRACKER
 from sso_megatron.mcore.parameters.names import OPTIONAL_STATE

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.checkpoint_state_probes import contents
-from helpers.megatron import FAMILY, MOE, Megatron, Run, tiny
+from helpers.megatron_runs import FAMILY, MOE, Megatron, Run, tiny
 
 SHARDED = ["--use-distributed-optimizer"]
 PP2 = ["--pipeline-model-parallel-size", 2]

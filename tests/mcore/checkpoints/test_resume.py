@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from helpers.comparisons import assert_equal
-from helpers.megatron import FAMILY, MOE, Megatron, Run, tiny
+from helpers.megatron_runs import FAMILY, MOE, Megatron, Run, tiny
 
 SHARDED = ["--use-distributed-optimizer"]
 PP2 = ["--pipeline-model-parallel-size", 2]

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from helpers.comparisons import assert_equal
-from helpers.megatron import MOE, tiny
+from helpers.megatron_runs import MOE, tiny
 
 SHARDED = ["--use-distributed-optimizer"]
 EP2 = ["--expert-model-parallel-size", 2]

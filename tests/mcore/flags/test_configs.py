@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers.config_probes import WORLD_SIZES
-from helpers.megatron import Megatron
+from helpers.megatron_runs import Megatron
 from sso_megatron.cli.experiments import fragments as experiments
 from sso_megatron.mcore.flags.optimizers import config_classes, flag_fields, flags_of
 

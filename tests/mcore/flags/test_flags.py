@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from helpers.megatron import MOE, Megatron, tiny
+from helpers.megatron_runs import MOE, Megatron, tiny
 from sso_megatron.mcore.flags.optimizers import OPTIMIZERS, config_classes, flag_fields
 from sso_megatron.mcore.flags.schedule import from_schedule
 

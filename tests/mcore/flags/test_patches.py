@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.megatron import free_port, tiny, unpacked
+from helpers.megatron_runs import free_port, tiny, unpacked
 from helpers.paths import HELPERS, ROOT, TESTS
 from sso_megatron.cli.main import main
 from sso_megatron.mcore.compat import versions

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.megatron import Megatron, tiny
+from helpers.megatron_runs import Megatron, tiny
 
 ERRORS = [
     (["--sso-solver", "newton"], "--sso-solver 'newton' must be one of tracking, bisection"),

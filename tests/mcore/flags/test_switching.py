@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.checkpoint_state_probes import contents
-from helpers.megatron import Megatron, Run, tiny
+from helpers.megatron_runs import Megatron, Run, tiny
 
 SHORT = ["--train-iters", 14, "--lr-decay-style", "constant", "--lr-warmup-iters", 0, "--lr", "1e-3"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.megatron import MOE, Megatron, Run, assert_same_run, tiny, unpacked, zygote
+from helpers.megatron_runs import MOE, Megatron, Run, assert_same_run, tiny, unpacked, zygote
 from helpers.paths import PACKAGE
 from sso_megatron.mcore.compat import versions
 from sso_megatron.mcore.errors import UnsupportedError

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from helpers.megatron import MOE, Megatron, Run, assert_same_run, tiny
+from helpers.megatron_runs import MOE, Megatron, Run, assert_same_run, tiny
 
 BASE = ["--spectral-mup-init", "--train-iters", "10", "--clip-grad", "0.5", "--log-num-zeros-in-grad"]
 SHARDED = ["--use-distributed-optimizer"]

@@ -14,7 +14,7 @@ import torch
 
 from helpers.layouts import DENSE, DENSE_LAYOUTS, DIST, EP2, ETP1, MOE_LAYOUTS, PP2, SP, TP_MODES
 from helpers.measured import assert_same_measures
-from helpers.megatron import FAMILY, MOE, Megatron, Run, assert_same_run, expert_by_itself, tiny
+from helpers.megatron_runs import FAMILY, MOE, Megatron, Run, assert_same_run, expert_by_itself, tiny
 from helpers.paths import ROOT
 
 ITERATIONS = 10

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.exchange_probes import Descent, shard
-from helpers.megatron import Megatron, Run
+from helpers.megatron_runs import Megatron, Run
 from sso_megatron import SSO, SpectralConfig
 from sso_megatron.optimizers.schedule import step_traffic
 from sso_megatron.parallel.cost import PolarWork

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from helpers.megatron import MOE, Megatron, Run, assert_same_run, tiny
+from helpers.megatron_runs import MOE, Megatron, Run, assert_same_run, tiny
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.megatron import MOE, Megatron, Run, tiny
+from helpers.megatron_runs import MOE, Megatron, Run, tiny
 
 Shapes = dict[str, tuple[int, int]]
 

@@ -10,7 +10,7 @@ import torch
 import sso_megatron
 from helpers.comparisons import worst_error
 from helpers.cuts import MATRICES
-from helpers.megatron import Megatron, Run
+from helpers.megatron_runs import Megatron, Run
 from sso_megatron import SpectralConfig
 from sso_megatron.optimizers.schedule import step_traffic
 from sso_megatron.parallel.shards import even_cut

@@ -3,7 +3,7 @@
 import pytest
 
 from helpers.comparisons import assert_equal
-from helpers.megatron import MOE, Run, tiny
+from helpers.megatron_runs import MOE, Run, tiny
 
 SHARDED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--ddp-bucket-size", "20000"]
 BASE = ["--spectral-mup-init", *SHARDED]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers.megatron import MOE, Megatron, Run, tiny
+from helpers.megatron_runs import MOE, Megatron, Run, tiny
 
 ITERATIONS = 6
 

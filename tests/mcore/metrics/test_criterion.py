@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers.layouts import DENSE_LAYOUTS, DIST, MOE_LAYOUTS, PP2, VPP2
-from helpers.megatron import MOE, Megatron, Run, expert_by_itself, tiny
+from helpers.megatron_runs import MOE, Megatron, Run, expert_by_itself, tiny
 from sso_megatron.cli.main import main
 from sso_megatron.runs import criterion_table
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from helpers import oracle
 from helpers.layouts import DIST, EP2, PP2, SP, VPP2
 from helpers.measured import assert_same_measures, measured, records
-from helpers.megatron import FAMILY, MOE, Megatron, Run, tiny
+from helpers.megatron_runs import FAMILY, MOE, Megatron, Run, tiny
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.runs.tables import Table
 from sso_megatron.runs.writer import RunFiles

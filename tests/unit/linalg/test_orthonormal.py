@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.megatron import Megatron
+from helpers.megatron_runs import Megatron
 from sso_megatron.cli.bench.meters import HostSyncs
 from sso_megatron.linalg.orthonormal import orthonormalize
 

@@ -9,7 +9,7 @@ import torch
 
 from helpers import parallel_probes
 from helpers.host_reads import NoHostReads
-from helpers.megatron import Megatron
+from helpers.megatron_runs import Megatron
 from helpers.probes import save
 from sso_megatron import SSO, MuonSphere, Spectra, SpectralAdam, SpectralClip
 from sso_megatron.cli.bench.meters import HostSyncs

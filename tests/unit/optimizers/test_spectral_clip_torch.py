@@ -11,7 +11,7 @@ import torch
 
 from helpers import oracle
 from helpers.host_reads import NoHostReads
-from helpers.megatron import Megatron
+from helpers.megatron_runs import Megatron
 from helpers.problems import low_rank_problem, noise_problem, start
 from sso_megatron.cli.bench.meters import HostSyncs
 from sso_megatron.matrices.layout import ParameterLayout, gate_up_splits

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.megatron import Megatron, tiny
+from helpers.megatron_runs import Megatron, tiny
 from sso_megatron.cli.main import main
 from sso_megatron.cli.plot import command as plot
 from sso_megatron.runs.reader import load

@@ -11,7 +11,7 @@ import torch
 from helpers import oracle
 from helpers.comparisons import worst_error
 from helpers.cuts import CUT
-from helpers.megatron import Megatron
+from helpers.megatron_runs import Megatron
 from helpers.problems import low_rank_problem, noise_problem, start
 from sso_megatron import Spectra, SpectraConfig, SpectralConfig
 from sso_megatron.cli.bench.meters import HostSyncs, PeakMemory

@@ -9,7 +9,7 @@ import torch
 from helpers import oracle
 from helpers.comparisons import worst_error
 from helpers.cuts import CUT, MATRICES
-from helpers.megatron import Megatron
+from helpers.megatron_runs import Megatron
 from helpers.problems import start
 from sso_megatron import SpectralAdam
 from sso_megatron.cli.bench.meters import HostSyncs, PeakMemory

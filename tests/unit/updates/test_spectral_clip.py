@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import oracle
-from helpers.megatron import Megatron
+from helpers.megatron_runs import Megatron
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.linalg.spectral_clip import spectral_clip
 

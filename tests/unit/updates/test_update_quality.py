@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.megatron import Megatron
+from helpers.megatron_runs import Megatron
 from helpers.quality_probes import judged_step
 from sso_megatron import SSO
 from sso_megatron.cli.data import command as data
