@@ -1,5 +1,6 @@
 """The parallel layouts of the support matrix, by the names that docs/parallelism.md has."""
 
+ITERATIONS = 10
 DENSE = ["--num-layers", 4]
 SP = "--sequence-parallel"
 DIST = "--use-distributed-optimizer"
