@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,33 +85,60 @@ POINTS = (
 
 
 def die() -> None:
-    """Kill this rank as ``plan.json`` beside the folder of checkpoints says: at a point, or some time."""
-    plan = json.loads((Path(sys.argv[sys.argv.index("--save") + 1]).parent / "plan.json").read_text())
+    """Kill this rank as ``plan.json`` beside the folder of checkpoints says: at a point, or some way in."""
+    plan = json.loads((_beside_checkpoints() / "plan.json").read_text())
+    saves = time_saves()
     if plan["rank"] != int(os.environ["RANK"]):
         return
-    saves = _Saves(plan["save"])
-    _around(_training(), "save_checkpoint", before=saves.begin)
-    if plan["point"] is None:
-        saves.at_begin = threading.Timer(plan["delay"], _kill).start
-    else:
+    saves.last, saves.part = plan["save"], plan["part"]
+    if plan["point"] is not None:
         _KILLS[plan["point"]](lambda *args: saves.kill_in_the_last())
 
 
-class _Saves:
-    """Counts the saves of a run; it is to be killed in a certain one."""
+def time_saves() -> "_Saves":
+    """Note how long this rank's saves take, for later runs that are to die some way into one."""
+    saves = _Saves()
+    _around(_training(), "save_checkpoint", before=saves.begin, after=saves.end)
+    return saves
 
-    def __init__(self, last: int) -> None:
-        self.count, self.last = 0, last
-        self.at_begin: Callable[[], None] = lambda: None
+
+def _beside_checkpoints() -> Path:
+    return Path(sys.argv[sys.argv.index("--save") + 1]).parent
+
+
+class _Saves:
+    """Times the saves of this rank, which may be killed in a certain one.
+
+    Attributes:
+        last: the save that it is killed in; None: in none.
+        part: how much of a save's time may pass before it is killed, by how long the one before took; at
+            its end at the latest, should this one be faster. None: it is not killed for its time.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.last: int | None = None
+        self.part: float | None = None
+        self._seconds = _beside_checkpoints() / f"seconds{os.environ['RANK']}"
 
     def begin(self, *args: Any) -> None:
         self.count += 1
-        if self.count == self.last:
-            self.at_begin()
+        self._began = time.monotonic()
+        if self.count == self.last and self.part is not None:
+            threading.Timer(self.part * float(self._seconds.read_text()), self._kill_in_time).start()
+
+    def end(self, *args: Any) -> None:
+        if self.count == self.last and self.part is not None:
+            _kill()
+        self._seconds.write_text(str(time.monotonic() - self._began))
 
     def kill_in_the_last(self) -> None:
         if self.count == self.last:
             _kill()
+
+    def _kill_in_time(self) -> None:
+        Path("in_time").touch()
+        _kill()
 
 
 def _kill() -> None:

@@ -25,26 +25,24 @@ from sso_megatron.mcore.checkpoint.folders import (
 )
 
 ITERATIONS = 30
-SAVE_SECONDS = 0.5
-"""Delays are spread over this; a save of two ranks on two cores takes about a third of a second."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """Which rank dies, in which of its saves, and where: at a point, or after a delay from the start."""
+    """Which rank dies, in which of its saves, and where: at a point, or after a part of a save's time."""
 
     rank: int
     save: int
     point: str | None = None
-    delay: float = 0.0
+    part: float | None = None
 
 
 def kills() -> list[Kill]:
     """Every point once, in an order in which an iteration is saved again, and eleven random moments."""
     draw = random.Random(7)
-    moments = [(i + draw.random()) / 11 * SAVE_SECONDS for i in range(11)]
+    moments = [(i + draw.random()) / 11 for i in range(11)]
     draw.shuffle(moments)
-    random_moments = [Kill(i % 2, draw.choice((1, 2)), delay=delay) for i, delay in enumerate(moments)]
+    random_moments = [Kill(i % 2, draw.choice((1, 2)), part=part) for i, part in enumerate(moments)]
     points = [Kill(0, 2 if point == "before tracker" else 1, point) for point in POINTS]
     return [*random_moments[:6], *points, *random_moments[6:]]
 
@@ -58,9 +56,11 @@ def test_killed_twenty_times(megatron: Megatron, tmp_path: Path) -> None:
     """One run, killed in twenty saves and restarted with the same command line each time."""
     root = tmp_path / "ckpt"
     argv = tiny("--train-iters", ITERATIONS, "--spectral-run-dir", ".", "--spectral-mup-init")
-    straight = losses_by_iteration(megatron.run(argv, 2))
-    argv += ["--save", str(root), "--load", str(root), "--save-interval", "2"]
-    saved, seen = 0, {}
+    argv += ["--save-interval", "2", "--save"]
+    timed = megatron.run([*argv, str(tmp_path / "straight")], 2, ("checkpoint_probes:time_saves",))
+    straight = losses_by_iteration(timed)
+    argv += [str(root), "--load", str(root)]
+    saved, seen, num_in_time = 0, {}, 0
 
     def check(run: Run, after: object) -> None:
         nonlocal saved
@@ -81,7 +81,11 @@ def test_killed_twenty_times(megatron: Megatron, tmp_path: Path) -> None:
         undone = "was about to be replaced when a run ended; the old one is back" in run.log
         assert undone == (getattr(previous, "point", None) == "between renames")
         print(kill, "saved", saved, "there", complete_iterations(root))
+        num_in_time += (run.folder / "in_time").exists()
         previous = kill
+    # Every kill is within a save; those that came with its end would be no spread.
+    print(f"{num_in_time} of 11 kills before the end of a save")
+    assert num_in_time >= 4, "saves take less than a third of the time that the ones before them took"
     check(megatron.run(argv, 2), previous)
     assert seen.keys() == straight.keys()
     assert {p.name for p in root.iterdir() if not p.name.startswith("iter_")} == {TRACKER}
