@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from helpers.processes import HANGS_AFTER
 from sso_megatron.cli.bench.meters import Collectives, Flops, HostSyncs, PeakMemory
 from sso_megatron.cli.bench.models import MODELS, stored_parameters
 from sso_megatron.cli.main import main
@@ -273,7 +274,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=500,
+        timeout=HANGS_AFTER,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     return Ended(folder, run.stdout, run.stderr)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from helpers.comparisons import stored
 from helpers.megatron_runs import MOE, Megatron, Run, expert_by_itself, tiny
+from helpers.processes import HANGS_AFTER
 from sso_megatron.cli import main as cli
 from sso_megatron.cli.export import _write_safetensors
 from sso_megatron.mcore.offline.export import stored_radii
@@ -38,7 +39,7 @@ def export_as_users_do(*flags: object) -> str:
     """Export in a process of its own; what it prints."""
     command = [sys.executable, "-m", "sso_megatron.cli.main", "export", *map(str, flags)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    ended = subprocess.run(command, capture_output=True, text=True, env=env, timeout=HANGS_AFTER)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stderr == ""
     return ended.stdout

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import ROOT
+from helpers.processes import HANGS_AFTER
 
 TRAIN = ROOT / "launch" / "train.sh"
 NAMES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE", "RUNS", "RUN_DIR", "SCRIPT")
@@ -126,6 +127,7 @@ import os, signal, sys, time
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
 open("ready" + os.environ["RANK"], "w").close()
 time.sleep(300)
+open("was not ended", "w").close()
 """
 
 
@@ -140,12 +142,13 @@ def test_signals_reach_the_ranks(tmp_path: Path, number: signal.Signals) -> None
     )
     script = subprocess.Popen([TRAIN, "--commands", commands], env=environment(), cwd=tmp_path)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANGS_AFTER
         while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
             assert script.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         script.send_signal(number)
-        assert script.wait(timeout=60) == (0 if number == signal.SIGUSR1 else 1)
+        assert script.wait(timeout=HANGS_AFTER) == (0 if number == signal.SIGUSR1 else 1)
+        assert not (tmp_path / "was not ended").exists()
     finally:
         script.kill()
 

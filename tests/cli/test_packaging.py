@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from helpers.paths import ROOT
+from helpers.processes import HANGS_AFTER
 
 PACKAGE = ROOT / "sso_megatron"
 FINDER = ROOT / "launch" / "python.sh"
@@ -148,7 +149,7 @@ def test_contracts_catch(tmp_path: Path, module: str, statement: str, broken: st
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_AFTER,
         check=False,
     )
     names = {c["id"]: c["name"] for c in contracts().values()}
@@ -182,7 +183,7 @@ def test_ruff_catches_banned_imports(path: str, statement: str, caught: bool) ->
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_AFTER,
         check=False,
     )
     assert result.returncode == int(caught), result.stdout + result.stderr
@@ -203,7 +204,7 @@ def run_finder(**env: str) -> subprocess.CompletedProcess[str]:
     bash = shutil.which("bash")
     assert bash is not None
     return subprocess.run(
-        [bash, str(FINDER)], env=env, capture_output=True, text=True, timeout=120, check=False
+        [bash, str(FINDER)], env=env, capture_output=True, text=True, timeout=HANGS_AFTER, check=False
     )
 
 
@@ -316,7 +317,7 @@ def make(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProce
         env={**inherited, **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_AFTER,
         check=False,
     )
 

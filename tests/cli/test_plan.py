@@ -15,6 +15,7 @@ import pytest
 
 from helpers.browser import Browser
 from helpers.megatron_runs import MOE, Megatron, Run, tiny
+from helpers.processes import HANGS_AFTER
 from sso_megatron.cli.plan.speed import Speed
 from sso_megatron.mcore.plan.records import Load, Plan, RankLoad
 
@@ -373,7 +374,7 @@ def test_the_command(tmp_path: Path) -> None:
         text=True,
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "3", "RANK": "1"},
-        timeout=300,
+        timeout=HANGS_AFTER,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stderr == ""

@@ -13,6 +13,7 @@ import pytest
 
 import sso_megatron
 from helpers.megatron_runs import Megatron
+from helpers.processes import HANGS_AFTER
 from sso_megatron.cli.experiments import fragments as experiments
 
 FILES = {
@@ -232,7 +233,7 @@ def test_the_command(tmp_path: Path) -> None:
         text=True,
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "3", "RANK": "1", "LOCAL_RANK": "1"},
-        timeout=300,
+        timeout=HANGS_AFTER,
     )
     assert (result.returncode, result.stderr) == (0, "")
     words = result.stdout.split("\0")

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from helpers.megatron_runs import MOE, Megatron, tiny
+from helpers.processes import HANGS_AFTER
 from helpers.run_folders import OFF_RADIUS, WEIGHT, append, begin, interval, record, state_of
 from helpers.terminal import Terminal
 from sso_megatron.runs.live_state import LIGHTS
@@ -169,10 +170,10 @@ def test_a_run_that_has_died(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def piped(folder: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-    """``watch`` behind pipes; killed after a minute, so that no read waits for ever."""
+    """``watch`` behind pipes; killed in the end, so that no read waits for ever."""
     pipe = subprocess.PIPE
     with subprocess.Popen([*WATCH, str(folder)], stdout=pipe, stderr=pipe, text=True, env=env) as process:
-        timer = threading.Timer(60, process.kill)
+        timer = threading.Timer(HANGS_AFTER, process.kill)
         timer.start()
         try:
             yield process
@@ -239,7 +240,9 @@ def test_a_reader_that_leaves(tmp_path: Path) -> None:
 
 
 def once(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*WATCH, "--once", str(folder)], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [*WATCH, "--once", str(folder)], capture_output=True, text=True, timeout=HANGS_AFTER
+    )
 
 
 def test_once(tmp_path: Path) -> None:

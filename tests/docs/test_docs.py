@@ -19,6 +19,7 @@ import pytest
 
 from helpers.pages import PAGES, blocks
 from helpers.paths import ROOT
+from helpers.processes import HANGS_AFTER
 
 MEGATRON = {"-m sso_megatron.pretrain_gpt", "-m sso_megatron.run"}
 
@@ -149,7 +150,11 @@ def check_make(words: list[str]) -> None:
         assert re.search(rf"^{name} \?=", makefile, re.MULTILINE), f"the Makefile has no {name}"
     # -n shows what would be done, and does nothing.
     result = subprocess.run(
-        ["make", "-n", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=60, check=False
+        ["make", "-n", "-C", str(ROOT), *words],
+        capture_output=True,
+        text=True,
+        timeout=HANGS_AFTER,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
 
@@ -372,7 +377,7 @@ def test_a_documented_run(tmp_path: Path) -> None:
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANGS_AFTER,
             check=False,
         )
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]

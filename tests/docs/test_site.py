@@ -15,6 +15,7 @@ import pytest
 
 from helpers.browser import Browser, Page
 from helpers.paths import ROOT
+from helpers.processes import HANGS_AFTER
 
 FOLDERS = runpy.run_path(str(ROOT / "docs" / "theme" / "hook.py"))["FOLDERS"]
 SOURCES = [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))]
@@ -38,7 +39,7 @@ def build(folder: Path, site: Path) -> "subprocess.CompletedProcess[str]":
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_AFTER,
         check=False,
     )
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from helpers.processes import HANGS_AFTER
+
 # Whom a Chromium asks by itself, whatever it shows.
 _ITS_OWN = re.compile(r"(//|\s)(accounts|clients\d|update|optimizationguide-pa)\.google(apis)?\.com[:/]")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -79,7 +81,7 @@ class Browser:
             *(f"--user-data-dir={self.folder / 'profile'}", "--proxy-bypass-list=<-loopback>"),
             *(f"--proxy-server=http://127.0.0.1:{self._proxy.server_port}", *flags),
         ]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER)
         assert ended.returncode == 0, ended.stderr[-3000:]
         return ended
 

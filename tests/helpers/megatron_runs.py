@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from helpers.paths import TESTS, WHEELS
+from helpers.processes import HANGS_AFTER
 
 # A tiny GPT with the parts of the paper's: GQA, SwiGLU, RMSNorm, RoPE, QK-norm, untied embeddings.
 TINY = shlex.split("""
@@ -150,7 +151,7 @@ class Megatron:
         ranks: int = 1,
         calls: tuple[str, ...] = (),
         fails: bool = False,
-        timeout: float = 120,
+        timeout: float = HANGS_AFTER,
         grace: float = 20,
         env: dict[str, str] | None = None,
         main: str = "sso_megatron.cli.train.pretrain_gpt:main",
@@ -202,4 +203,4 @@ def zygote(base: Path, folder: Path | None = None) -> Iterator[Megatron]:
     assert ready == "ready\n", (base / "zygote.log").read_text()
     yield Megatron(process, base)
     process.stdin.close()
-    process.wait(timeout=60)
+    process.wait(timeout=HANGS_AFTER)

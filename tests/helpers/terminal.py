@@ -15,6 +15,8 @@ from types import TracebackType
 
 import pyte
 
+from helpers.processes import HANGS_AFTER
+
 
 class Terminal:
     """Runs a command that believes to be on a terminal of the given size."""
@@ -62,11 +64,13 @@ class Terminal:
         """The screen's lines that are not empty, from the top."""
         return [line.rstrip() for line in self.screen.display if line.strip()]
 
-    def wait_for(self, *texts: str, seconds: float = 120) -> list[str]:
+    def wait_for(self, *texts: str, seconds: float = HANGS_AFTER) -> list[str]:
         """Wait until all texts are on the screen; return its lines."""
         return self.wait_until(lambda: all(text in "\n".join(self.lines) for text in texts), seconds, texts)
 
-    def wait_until(self, holds: Callable[[], bool], seconds: float = 120, what: object = "") -> list[str]:
+    def wait_until(
+        self, holds: Callable[[], bool], seconds: float = HANGS_AFTER, what: object = ""
+    ) -> list[str]:
         end = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < end, f"{what} not within {seconds} s on\n" + "\n".join(self.lines)
@@ -77,7 +81,7 @@ class Terminal:
     def press(self, keys: bytes) -> None:
         os.write(self._master, keys)
 
-    def finish(self, seconds: float = 120) -> int:
+    def finish(self, seconds: float = HANGS_AFTER) -> int:
         """Read to the end and return the exit code."""
         end = time.monotonic() + seconds
         while self._read(0.2):

@@ -11,6 +11,7 @@ import functools
 import gc
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -77,6 +78,9 @@ def serve(request: dict[str, Any]) -> list[int | None]:
             for child, rank in children.items():
                 if codes[rank] is None:
                     os.kill(child, signal.SIGKILL)
+                    with (Path(request["folder"]) / f"rank{rank}.log").open("a") as log:
+                        print("zygote: killed; it should have ended by itself before now", file=log)
+            deadline = math.inf
         else:
             time.sleep(0.02)
     return codes

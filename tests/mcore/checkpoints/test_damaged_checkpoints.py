@@ -4,7 +4,6 @@ import json
 import pickle
 import re
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,15 +47,15 @@ def load(root: Path, *flags: object, optimizer: str = "sso") -> list[str]:
 
 
 def assert_refused(megatron: Megatron, argv: list[str], message: str, calls: tuple[str, ...] = ()) -> Run:
-    """Both ranks leave by themselves within a minute, and one line says why."""
-    began = time.monotonic()
-    run = megatron.run(argv, 2, calls, fails=True, grace=60)
-    seconds = time.monotonic() - began
+    """Both ranks leave by themselves, and one line says why.
+
+    A rank that waited for one that has left would do so for Megatron's ten minutes.
+    """
+    run = megatron.run(argv, 2, calls, fails=True, grace=300)
     assert run.codes == [2, 2], f"{run.codes}\n{run.log[-4000:]}"
-    assert seconds < 60
     lines = [line for line in run.log.splitlines() if line.startswith("sso_megatron: error:")]
     assert len(lines) == 1, lines
-    print(f"{seconds:.0f} s: {lines[0]}")
+    print(lines[0])
     assert re.search(message, lines[0]), lines[0]
     assert "Traceback" not in run.log
     return run

@@ -15,6 +15,7 @@ import torch
 
 from helpers.megatron_runs import free_port, tiny, unpacked
 from helpers.paths import HELPERS, ROOT, TESTS
+from helpers.processes import HANGS_AFTER
 from sso_megatron.cli.main import main
 from sso_megatron.mcore.compat import versions
 
@@ -103,7 +104,7 @@ def runs(megatron: Path, base: Path, scripts: dict[str, list[str]]) -> dict[str,
         env=env | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HANGS_AFTER,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
