@@ -13,6 +13,7 @@ from sso_megatron.optimizers.config import SpectralConfig
 from sso_megatron.optimizers.matrix_optimizer import FindLayout, MatrixOptimizer
 from sso_megatron.optimizers.measures import StepMeasures, spectral_norms
 from sso_megatron.optimizers.schedule import ExchangedBatches
+from sso_megatron.optimizers.settings import one_config
 from sso_megatron.parallel.exchange import Exchange
 from sso_megatron.parallel.shards import copy_all_
 from sso_megatron.updates.momentum import update_momentum_
@@ -20,6 +21,11 @@ from sso_megatron.updates.momentum import update_momentum_
 
 class SpectralOptimizer(MatrixOptimizer):
     """Momentum, batching and placement; a subclass takes the step on a batch of matrices.
+
+    A subclass needs ``config_cls`` and ``update_batch_``. Of the configuration's fields ``momentum``,
+    ``nesterov`` and ``weight_decay`` are read here, where they exist: the gradient's moving average,
+    whether to look ahead by one gradient, and decoupled weight decay. A subclass with another momentum
+    overrides ``take_gradient_`` and ``read_directions``.
 
     Collectives of ``step``: those of one exchange for each tensor-parallel group
     (``parallel.exchange``), and of each batch that stays out of it (``parallel.placement``). Their
@@ -32,6 +38,8 @@ class SpectralOptimizer(MatrixOptimizer):
     different rates need a tensor each.
 
     Attributes:
+        config_cls: dataclass of the settings.
+        config: the settings.
         on_written: called in a step with parameters that the step is done with, as soon as it is: each
             parameter once, those without a gradient included.
         measures: takes what the next steps do to each matrix; None, as it is at first, costs nothing.
@@ -39,6 +47,7 @@ class SpectralOptimizer(MatrixOptimizer):
         finds_norms: whether it gives that, too: the step finds it anyway.
     """
 
+    config_cls: type[Any]
     on_written: Callable[[list[Tensor]], None] | None = None
     measures: StepMeasures | None = None
     own_columns: tuple[str, ...] = ()
@@ -47,18 +56,35 @@ class SpectralOptimizer(MatrixOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        *,
         lr: float | Tensor,
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        weight_decay: float,
-        shared: SpectralConfig,
-        find_layout: FindLayout | None,
+        *,
+        config: Any = None,
+        shared: SpectralConfig | None = None,
+        find_layout: FindLayout | None = None,
+        **settings: Any,
     ) -> None:
-        """See the subclass; ``find_layout=None`` takes every parameter as one whole matrix."""
-        self._momentum, self._nesterov, self._weight_decay = momentum, nesterov, weight_decay
+        """Make the optimizer.
+
+        Args:
+            params: 2-D parameters, or groups of them; a group may have its own ``lr`` and nothing else.
+            lr: learning rate. A 0-d tensor on the parameters' device can be changed between replays of a
+                CUDA graph.
+            config: settings as one ``config_cls``, instead of ``settings``.
+            shared: settings that all spectral optimizers share.
+            find_layout: gives a parameter's ``ParameterLayout``; without it every parameter is one whole
+                matrix.
+            settings: fields of ``config_cls`` by name.
+
+        Raises:
+            ValueError: a setting outside its rule, or a parameter that is no matrix.
+            TypeError: a setting that does not exist, or ``config`` and ``settings`` together.
+        """
+        c = one_config(self.config_cls, config, settings)
+        self._momentum, self._nesterov = getattr(c, "momentum", 0.0), getattr(c, "nesterov", False)
+        self._weight_decay = getattr(c, "weight_decay", 0.0)
         self._unfinished: Counter[Tensor] = Counter()
-        super().__init__(params, lr=lr, shared=shared, find_layout=find_layout)
+        shared = shared or SpectralConfig()
+        super().__init__(params, lr=lr, config=c, shared=shared, find_layout=find_layout)
 
     def __getstate__(self) -> dict[str, Any]:
         """As that of ``MatrixOptimizer``, without ``on_written`` and ``measures``."""

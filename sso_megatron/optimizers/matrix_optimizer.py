@@ -10,15 +10,13 @@ from torch.optim.optimizer import ParamsT
 
 from sso_megatron.matrices.layout import ParameterLayout, whole
 from sso_megatron.optimizers.batches import MatrixBatch
+from sso_megatron.optimizers.cached_state import CachedField, MatrixState, fits, restore_cache_, save_cache
 from sso_megatron.optimizers.config import SpectralConfig
 from sso_megatron.optimizers.schedule import Schedule, make_schedule
 from sso_megatron.parallel.cost import PolarWork
 from sso_megatron.parallel.shards import Cut
 
 FindLayout = Callable[[Tensor], ParameterLayout]
-
-MatrixState = dict[str, Tensor]
-"""What an algorithm keeps of one logical matrix from step to step, by name."""
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -32,10 +30,31 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """Whether the steps taken are counted: ``step`` in each parameter group, as FusedAdam has it, a 0-d
     float32 tensor on the device, or a number until the next step."""
 
+    works_on_shards = False
+    """Whether a step also takes this rank's rows of cut matrices, and sums over the others' by the batch's
+    ``placement.all_reduce``. A step that does not gets whole matrices in every ``tp_mode``: ``auto`` never
+    leaves shards where they are, and ``distributed`` is an error. (``blockwise`` calls each shard a whole
+    matrix, for every optimizer.)"""
+    workspace_copies = 16
+    """Tensors of a matrix's size that a step on it may hold at once, its weight and direction included, for
+    the defaults of ``workspace`` and ``cut_workspace``. No optimizer of this package takes as many."""
+
     def __init__(
-        self, params: ParamsT, *, lr: float | Tensor, shared: SpectralConfig, find_layout: FindLayout | None
+        self,
+        params: ParamsT,
+        *,
+        lr: float | Tensor,
+        config: Any,
+        shared: SpectralConfig,
+        find_layout: FindLayout | None,
     ) -> None:
-        """See ``SpectralOptimizer``."""
+        """Take what ``SpectralOptimizer`` has completed."""
+        if shared.tp_mode == "distributed" and not self.works_on_shards:
+            raise ValueError(
+                f"tp_mode='distributed' leaves shards on their ranks, and {type(self).__name__} needs "
+                "whole matrices; use auto, owner or duplicated"
+            )
+        self.config = config
         self.shared = shared
         self._find_layout = find_layout
         self._schedule: Schedule | None = None
@@ -92,7 +111,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for batch in self._schedule.batches if self._schedule else ():
             if batch.cache is not None:
                 names = [member.name for member in batch.here]
-                kept |= dict(zip(names, self.matrix_states(batch), strict=True))
+                states = save_cache(self.cached_fields(batch.shape), batch.cache, len(names))
+                kept |= dict(zip(names, states, strict=True))
         return kept
 
     def load_spectral_state(self, states: dict[str, MatrixState]) -> None:
@@ -100,10 +120,23 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.reset_caches()
         self._loaded = dict(states)
 
-    def take_loaded(self, batch: MatrixBatch) -> list[MatrixState | None]:
-        """The loaded state of each of ``batch.here``, which is not kept any longer."""
-        states = {member.name: self._loaded.pop(member.name, None) for member in batch.members}
-        return [states[member.name] for member in batch.here]
+    def start_cache[C](self, batch: MatrixBatch, make: Callable[[bool], C]) -> C:
+        """Make the cache of a batch: loaded state as far as it fits, all else as ``make`` gives it.
+
+        The loaded state is not kept any longer.
+
+        Args:
+            batch: it has no cache yet.
+            make: returns a cache. Its argument says whether loaded state will overwrite all of it, so that
+                nothing needs to be found.
+        """
+        loaded = {member.name: self._loaded.pop(member.name, None) for member in batch.members}
+        states = [loaded[member.name] for member in batch.here]
+        fields = self.cached_fields(batch.shape)
+        cache = make(all(fits(fields, state) for state in states))
+        restore_cache_(fields, cache, states)
+        batch.cache = cache
+        return cache
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; batches are made anew.
@@ -156,32 +189,44 @@ class MatrixOptimizer(torch.optim.Optimizer):
         index = next(i for i, candidate in enumerate(self.param_groups) if candidate is group)
         return ParameterLayout(f"param_groups[{index}].params[{position}]", (whole(param.shape),))
 
-    def matrix_states(self, batch: MatrixBatch) -> list[MatrixState]:
-        """What is kept of each of ``batch.here``: tensors of their own, on the host."""
-        raise NotImplementedError
+    def cached_fields(self, shape: tuple[int, int]) -> tuple[CachedField, ...]:
+        """What is kept of a matrix of a global shape beside its parameter's state; by default nothing.
+
+        An optimizer with fields calls ``start_cache`` for a batch whose ``cache`` is None.
+        """
+        return ()
 
     def fits(self, batch: MatrixBatch, state: MatrixState) -> bool:
-        """Whether ``matrix_states`` of another layout or setting can be gone on with in this one."""
-        raise NotImplementedError
+        """Whether a step on a matrix of the batch can go on from this state, whatever layout saved it."""
+        return fits(self.cached_fields(batch.shape), state)
 
     def warm_state(self, shape: tuple[int, int]) -> MatrixState:
-        """A state that a step can go on from, whose values mean nothing: for counting what a step does.
-
-        Empty where a start from the weights costs little.
-        """
-        return {}
+        """A state that fits and whose values mean nothing, for counting what a later step does."""
+        return {field.key: field.placeholder() for field in self.cached_fields(shape)}
 
     def polar_work(self) -> PolarWork:
-        """What a step on one matrix does, for the cost model that chooses placements."""
-        raise NotImplementedError
+        """What a step on one matrix does, for the cost model that chooses placements.
+
+        By default one Newton-Schulz iteration of ``config.msign_steps`` steps, none without that setting.
+        """
+        num_steps = getattr(self.config, "msign_steps", 0)
+        return PolarWork(min(1, num_steps), num_steps)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Bytes that ``update_batch_`` takes for one whole matrix, with its W and N."""
-        raise NotImplementedError
+        """Bytes that ``update_batch_`` takes for one whole matrix, with its W and N.
+
+        By default ``workspace_copies`` of the matrix.
+        """
+        return self.workspace_copies * shape[0] * shape[1] * dtype.itemsize
 
     def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
-        """The same for a matrix whose largest shard this rank holds, and others the rest."""
-        raise NotImplementedError
+        """Bytes that ``update_batch_`` takes for the largest shard of a matrix, with its W and N.
+
+        By default ``workspace_copies`` of the shard, or of a square of the side that is not cut if that is
+        larger, in float64: Gram matrices of that side are what is summed over ranks.
+        """
+        side = cut.shape[1 - cut.dim]
+        return self.workspace_copies * max(max(cut.lengths) * side, side**2) * torch.float64.itemsize
 
     def thin_sums(self, cut: Cut) -> tuple[int, ...] | None:
         """Bytes of a matrix in each all-reduce of a step where products with it are thin, else None.

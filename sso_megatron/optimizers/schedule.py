@@ -25,7 +25,9 @@ Order = tuple[int, tuple[Any, ...]]
 
 
 class Needs(Protocol):
-    """What an algorithm's step takes; see ``SpectralOptimizer``."""
+    """What an algorithm's step takes; see ``MatrixOptimizer``."""
+
+    works_on_shards: bool
 
     def polar_work(self) -> PolarWork:
         """Newton-Schulz iterations."""
@@ -208,6 +210,7 @@ def _plan(
             workspace=needs.workspace(cut.shape, dtype),
             cut_workspace=needs.cut_workspace(cut, dtype),
             thin_sums=needs.thin_sums(cut),
+            may_stay=needs.works_on_shards,
         )
         for index, cut in zip(groups, cuts, strict=True)
     ]

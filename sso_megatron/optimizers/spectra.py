@@ -9,10 +9,9 @@ from torch.optim.optimizer import ParamsT
 from sso_megatron.linalg.block_iteration import find_block
 from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.batches import MatrixBatch, Member
-from sso_megatron.optimizers.config import SpectraConfig, SpectralConfig
-from sso_megatron.optimizers.matrix_optimizer import FindLayout, MatrixState
-from sso_megatron.optimizers.settings import one_config
-from sso_megatron.parallel.cost import PolarWork, thin_summed_bytes
+from sso_megatron.optimizers.cached_state import CachedField
+from sso_megatron.optimizers.config import SpectraConfig
+from sso_megatron.parallel.cost import thin_summed_bytes
 from sso_megatron.parallel.shards import Cut
 from sso_megatron.updates.momentum import update_heavy_ball_
 from sso_megatron.updates.spectra import SpectraCache, SpectraRule, spectra_step_, spike_rank
@@ -31,6 +30,9 @@ class Spectra(SpectralOptimizer):
         >>> optimizer = Spectra(matrices, lr=1e-3)
     """
 
+    config_cls = SpectraConfig
+    config: SpectraConfig
+    works_on_shards = True
     own_columns = ("spike_share",)
 
     def __init__(
@@ -39,36 +41,19 @@ class Spectra(SpectralOptimizer):
         lr: float | Tensor = 1e-3,
         *,
         config: SpectraConfig | None = None,
-        shared: SpectralConfig | None = None,
-        find_layout: FindLayout | None = None,
-        **settings: Any,
+        **options: Any,
     ) -> None:
         """Make the optimizer.
 
         Args:
             params: 2-D parameters, or groups of them; a group may have its own ``lr`` and nothing else.
             lr: learning rate, on AdamW's scale; the paper's is not known to us.
-            config: settings as one object, instead of ``settings``.
-            shared: settings that all spectral optimizers share.
-            find_layout: gives a parameter's ``ParameterLayout``; without it every parameter is one
-                matrix.
-            settings: fields of ``SpectraConfig`` by name.
-
-        Raises:
-            ValueError: a setting outside its rule, or a parameter that is no matrix.
-            TypeError: a setting that does not exist, or ``config`` and ``settings`` together.
+            config: settings as one object, instead of by name.
+            options: ``shared``, ``find_layout`` and fields of ``SpectraConfig``; see ``SpectralOptimizer``.
         """
-        c = self.config = one_config(SpectraConfig, config, settings)
+        super().__init__(params, lr, config=config, **options)
+        c = self.config
         self._rule = SpectraRule(c.power_iterations, c.update_rms, c.eps)
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=c.momentum,
-            nesterov=c.nesterov,
-            weight_decay=c.weight_decay,
-            shared=shared or SpectralConfig(),
-            find_layout=find_layout,
-        )
 
     def state_dtype(self, param: Tensor) -> torch.dtype:
         """bfloat16 with ``momentum_dtype="bf16"``; else float32, or float64 for a float64 parameter."""
@@ -94,7 +79,7 @@ class Spectra(SpectralOptimizer):
         if view.first_column is not None:
             W, N = W.mT, N.mT
         if batch.cache is None:
-            batch.cache = self._start(batch, N)
+            self.start_cache(batch, lambda is_known: self._new_cache(batch, N, is_known))
         lr = batch.group["lr"]
         batch.stats = spectra_step_(W, N, batch.cache, lr=lr, rule=self._rule, view=view)
 
@@ -105,36 +90,19 @@ class Spectra(SpectralOptimizer):
         tail = batch.stats.tail_rms.square() * num_others
         return {"spike_share": spike / (spike + tail).clamp_min(torch.finfo(spike.dtype).tiny)}
 
-    def _start(self, batch: MatrixBatch, M: Tensor) -> SpectraCache:
-        """From a checkpoint, else from the first momentum."""
-        states, rank = self.take_loaded(batch), self._rank(batch.shape)
-        known = [state if state and self.fits(batch, state) else None for state in states]
-        is_known = all(known)
-        V = (
-            M.new_empty(len(known), batch.shape[1], rank)
-            if is_known
-            else find_block(M, rank, batch.shard_view)
-        )
-        for place, state in zip(V, known, strict=True):
-            if state:
-                place.copy_(state["spike_vectors"])
-        return SpectraCache(V)
+    def _new_cache(self, batch: MatrixBatch, M: Tensor, is_known: bool) -> SpectraCache:
+        """A cache whose block is found from the first momentum, unless that will be loaded."""
+        rank = self._rank(batch.shape)
+        if is_known:
+            return SpectraCache(M.new_empty(len(M), batch.shape[1], rank))
+        return SpectraCache(find_block(M, rank, batch.shard_view))
 
     def _rank(self, shape: tuple[int, int]) -> int:
         return spike_rank(shape, self.config.rank_ratio)
 
-    def matrix_states(self, batch: MatrixBatch) -> list[MatrixState]:
+    def cached_fields(self, shape: tuple[int, int]) -> tuple[CachedField, ...]:
         """The spike's right singular vectors."""
-        return [{"spike_vectors": V.clone()} for V in batch.cache.V.cpu()]
-
-    def fits(self, batch: MatrixBatch, state: MatrixState) -> bool:
-        """Whether the spike's vectors are there in the wanted number."""
-        wanted = (batch.shape[1], self._rank(batch.shape))
-        return "spike_vectors" in state and state["spike_vectors"].shape == wanted
-
-    def polar_work(self) -> PolarWork:
-        """No Newton-Schulz iteration at all."""
-        return PolarWork(0, 0)
+        return (CachedField("spike_vectors", "V", (shape[1], self._rank(shape))),)
 
     def thin_sums(self, cut: Cut) -> tuple[int, ...]:
         """The block's: the momentum never travels."""

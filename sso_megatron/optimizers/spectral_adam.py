@@ -9,10 +9,9 @@ from torch.optim.optimizer import ParamsT
 from sso_megatron.linalg.block_iteration import find_block
 from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.batches import MatrixBatch, Member
-from sso_megatron.optimizers.config import SpectralAdamConfig, SpectralConfig
-from sso_megatron.optimizers.matrix_optimizer import FindLayout, MatrixState
-from sso_megatron.optimizers.settings import one_config
-from sso_megatron.parallel.cost import PolarWork, thin_summed_bytes
+from sso_megatron.optimizers.cached_state import CachedField
+from sso_megatron.optimizers.config import SpectralAdamConfig
+from sso_megatron.parallel.cost import thin_summed_bytes
 from sso_megatron.parallel.shards import Cut, copy_all_
 from sso_megatron.updates.spectral_adam import SpectralAdamCache, SpectralAdamRule, spectral_adam_step_
 
@@ -30,6 +29,9 @@ class SpectralAdam(SpectralOptimizer):
         >>> optimizer = SpectralAdam(matrices, lr=3e-4)
     """
 
+    config_cls = SpectralAdamConfig
+    config: SpectralAdamConfig
+    works_on_shards = True
     state_names = ("exp_avg", "exp_avg_sq")
     counts_steps = True
     own_columns = ("divided",)
@@ -40,34 +42,20 @@ class SpectralAdam(SpectralOptimizer):
         lr: float | Tensor = 3e-4,
         *,
         config: SpectralAdamConfig | None = None,
-        shared: SpectralConfig | None = None,
-        find_layout: FindLayout | None = None,
-        **settings: Any,
+        **options: Any,
     ) -> None:
         """Make the optimizer.
 
         Args:
             params: 2-D parameters, or groups of them; a group may have its own ``lr`` and nothing else.
             lr: learning rate; the paper trains with 3e-4.
-            config: settings as one object, instead of ``settings``.
-            shared: settings that all spectral optimizers share.
-            find_layout: gives a parameter's ``ParameterLayout``; without it every parameter is one
-                matrix.
-            settings: fields of ``SpectralAdamConfig`` by name.
-
-        Raises:
-            ValueError: a setting outside its rule, or a parameter that is no matrix.
-            TypeError: a setting that does not exist, or ``config`` and ``settings`` together.
+            config: settings as one object, instead of by name.
+            options: ``shared``, ``find_layout`` and fields of ``SpectralAdamConfig``; see
+                ``SpectralOptimizer``.
         """
-        c = self.config = one_config(SpectralAdamConfig, config, settings)
+        super().__init__(params, lr, config=config, **options)
+        c = self.config
         self._rule = SpectralAdamRule(c.high_threshold, c.low_threshold, c.period, c.beta1, c.beta2, c.eps)
-        super().__init__(
-            params,
-            lr=lr,
-            weight_decay=c.weight_decay,
-            shared=shared or SpectralConfig(),
-            find_layout=find_layout,
-        )
 
     def take_gradient_(self, param: Tensor, gradient: Tensor) -> None:
         """Nothing yet: the averages need the gradient's spectral norm first."""
@@ -92,7 +80,7 @@ class SpectralAdam(SpectralOptimizer):
         if view.first_column is not None:
             W, N, averages = W.mT, N.mT, averages.mT
         if batch.cache is None:
-            batch.cache = self._start(batch, N)
+            self.start_cache(batch, lambda is_known: self._new_cache(batch, N, is_known))
         batch.stats = spectral_adam_step_(
             W,
             N,
@@ -109,40 +97,20 @@ class SpectralAdam(SpectralOptimizer):
                 if member.param.grad is not None:
                     member.split.write_(self.state[member.param][name], value)
 
-    def _start(self, batch: MatrixBatch, G: Tensor) -> SpectralAdamCache:
-        """From a checkpoint, else from the first gradient."""
-        states = self.take_loaded(batch)
-        known = [state if state and self.fits(batch, state) else None for state in states]
-        v = G.new_empty(len(known), batch.shape[1], 1) if all(known) else find_block(G, 1, batch.shard_view)
+    def _new_cache(self, batch: MatrixBatch, G: Tensor, is_known: bool) -> SpectralAdamCache:
+        """A cache whose vector is found from the first gradient, unless it will be loaded."""
+        v = G.new_empty(len(G), batch.shape[1], 1) if is_known else find_block(G, 1, batch.shard_view)
         # The first step of all divides; a norm that is lost later, NaN, is no jump.
         unknown = 0.0 if batch.group["step"] == 1 else torch.nan
-        norm = torch.full((len(known),), unknown, dtype=torch.float64, device=G.device)
-        for index, state in enumerate(known):
-            if state:
-                v[index].copy_(state["gradient_vector"])
-                norm[index].copy_(state["gradient_norm"])
-        return SpectralAdamCache(v, norm)
+        return SpectralAdamCache(v, torch.full((len(G),), unknown, dtype=torch.float64, device=G.device))
 
-    def matrix_states(self, batch: MatrixBatch) -> list[MatrixState]:
+    def cached_fields(self, shape: tuple[int, int]) -> tuple[CachedField, ...]:
         """The gradient's right singular vector and the last gradient's norm."""
-        vectors, norms = batch.cache.v.cpu(), batch.cache.norm.cpu()
-        return [
-            {"gradient_vector": v.clone(), "gradient_norm": norm.clone()}
-            for v, norm in zip(vectors, norms, strict=True)
-        ]
-
-    def fits(self, batch: MatrixBatch, state: MatrixState) -> bool:
-        """Whether vector and norm are there."""
-        has_vector = "gradient_vector" in state and state["gradient_vector"].shape == (batch.shape[1], 1)
-        return has_vector and "gradient_norm" in state
+        return CachedField("gradient_vector", "v", (shape[1], 1)), CachedField("gradient_norm", "norm")
 
     def measured(self, batch: MatrixBatch) -> dict[str, Tensor]:
         """``divided``: whether the gradient was divided by its spectral norm."""
         return {"divided": batch.stats.divided}
-
-    def polar_work(self) -> PolarWork:
-        """No Newton-Schulz iteration at all."""
-        return PolarWork(0, 0)
 
     def thin_sums(self, cut: Cut) -> tuple[int, ...]:
         """A vector's: gradients never travel."""

@@ -14,10 +14,7 @@ from sso_megatron.matrices.layout import ParameterLayout
 from sso_megatron.matrices.scaling import update_scale
 from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.batches import MatrixBatch, Member
-from sso_megatron.optimizers.config import SpectralClipConfig, SpectralConfig
-from sso_megatron.optimizers.matrix_optimizer import FindLayout, MatrixState
-from sso_megatron.optimizers.settings import one_config
-from sso_megatron.parallel.cost import PolarWork
+from sso_megatron.optimizers.config import SpectralClipConfig
 from sso_megatron.parallel.shards import Cut, norms_of
 from sso_megatron.updates.bases import AdamW, AdEMAMix, Base, Numbers, Signum, States
 from sso_megatron.updates.spectral_clip import ClipSchedule, clip_vectors_, clipped_step_
@@ -55,6 +52,9 @@ class SpectralClip(SpectralOptimizer):
         >>> optimizer = SpectralClip(model.parameters(), lr=1e-3, base="signum")
     """
 
+    config_cls = SpectralClipConfig
+    config: SpectralClipConfig
+    works_on_shards = True
     takes_vectors = True
     counts_steps = True
     own_columns = ("clipped_share",)
@@ -65,9 +65,7 @@ class SpectralClip(SpectralOptimizer):
         lr: float | Tensor = 1e-3,
         *,
         config: SpectralClipConfig | None = None,
-        shared: SpectralConfig | None = None,
-        find_layout: FindLayout | None = None,
-        **settings: Any,
+        **options: Any,
     ) -> None:
         """Make the optimizer.
 
@@ -76,32 +74,22 @@ class SpectralClip(SpectralOptimizer):
                 ``lr`` and ``max_lr`` and nothing else.
             lr: learning rate; with ``c_warmup_steps`` and without ``lr_peak`` the one that the warmup ends
                 at, which is what torch's schedulers take it for. The paper trains with 1e-3.
-            config: settings as one object, instead of ``settings``.
-            shared: settings that all spectral optimizers share.
-            find_layout: gives a parameter's ``ParameterLayout``, a vector's as one column; without it each
-                is one matrix, or a whole vector.
-            settings: fields of ``SpectralClipConfig`` by name.
+            config: settings as one object, instead of by name.
+            options: ``shared``, ``find_layout`` and fields of ``SpectralClipConfig``; see
+                ``SpectralOptimizer``. ``find_layout`` gives a vector's layout as one column.
 
         Raises:
-            ValueError: a setting outside its rule, a parameter of more dimensions, or a warmup of ``c``
-                to a learning rate that is not known.
-            TypeError: a setting that does not exist, or ``config`` and ``settings`` together.
+            ValueError: also a warmup of ``c`` to a learning rate that is not known.
         """
-        self.config = c = one_config(SpectralClipConfig, config, settings)
+        self._peaks: list[float] = []
+        self._steps: dict[Tensor, _Step] = {}
+        super().__init__(params, lr, config=config, **options)
+        c = self.config
         self._base = _base(c)
         self.state_names = self._base.state_names
         self._coefficients = polar_coefficients("polar_express", c.msign_steps)
         self._c = ClipSchedule(
             c.c, c.c_warmup_steps, c.c_decay, c.c_decay_steps, c.c_final, num_steps=c.train_steps
-        )
-        self._peaks: list[float] = []
-        self._steps: dict[Tensor, _Step] = {}
-        super().__init__(
-            params,
-            lr=lr,
-            weight_decay=c.weight_decay,
-            shared=shared or SpectralConfig(),
-            find_layout=find_layout,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -250,18 +238,6 @@ class SpectralClip(SpectralOptimizer):
             for member, value in zip(batch.members, clipped, strict=True):
                 if member.param.grad is not None:
                     member.split.write_(member.param.grad, value)
-
-    def matrix_states(self, batch: MatrixBatch) -> list[MatrixState]:
-        """Nothing is kept but what parameters and groups have."""
-        return [{} for _ in batch.here]
-
-    def fits(self, batch: MatrixBatch, state: MatrixState) -> bool:
-        """Always: nothing is needed."""
-        return True
-
-    def polar_work(self) -> PolarWork:
-        """One run of the polynomials, always on Gram matrices: for squares 1.3 times what this says."""
-        return PolarWork(1, len(self._coefficients))
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """Weight, direction and two iterates, and squares of the short side."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,9 +14,8 @@ from sso_megatron.linalg.symmetric import Products, load_kernel
 from sso_megatron.matrices.scaling import target_radius, update_scale
 from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.batches import MatrixBatch
-from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
-from sso_megatron.optimizers.matrix_optimizer import FindLayout, MatrixState
-from sso_megatron.optimizers.settings import one_config
+from sso_megatron.optimizers.cached_state import CachedField
+from sso_megatron.optimizers.config import SSOConfig
 from sso_megatron.parallel.cost import PolarWork
 from sso_megatron.parallel.shards import Cut, copy_all_
 from sso_megatron.updates.sso import (
@@ -30,6 +30,17 @@ from sso_megatron.updates.sso import (
 
 # Published means of the search are 5.1 trials at a tolerance of 1e-3 and 8.9 at 1e-4; ours is 2e-4.
 _BISECTION_TRIALS = 7
+
+
+@dataclass
+class _Cache(SpectralCache):
+    """What the step keeps, and what its radii were made with.
+
+    Attributes:
+        radius_scaler: ``(b,)`` float64 on the host: the setting that is in ``radius``.
+    """
+
+    radius_scaler: Tensor = field(kw_only=True)
 
 
 class SSO(SpectralOptimizer):
@@ -48,6 +59,9 @@ class SSO(SpectralOptimizer):
         >>> optimizer = SSO(matrices, lr=1e-2, radius_scaler=2.0)
     """
 
+    config_cls = SSOConfig
+    config: SSOConfig
+    works_on_shards = True
     finds_norms = True
 
     def __init__(
@@ -56,29 +70,21 @@ class SSO(SpectralOptimizer):
         lr: float | Tensor = 5e-3,
         *,
         config: SSOConfig | None = None,
-        shared: SpectralConfig | None = None,
-        find_layout: FindLayout | None = None,
-        **settings: Any,
+        **options: Any,
     ) -> None:
         """Make the optimizer.
 
         Args:
             params: 2-D parameters, or groups of them; a group may have its own ``lr`` and nothing else.
-            lr: learning rate; the paper trains with 5e-3. A 0-d tensor on the parameters' device can be
-                changed between replays of a CUDA graph.
-            config: settings as one object, instead of ``settings``.
-            shared: settings that all spectral optimizers share.
-            find_layout: gives a parameter's ``ParameterLayout``; without it every parameter is one
-                matrix.
-            settings: fields of ``SSOConfig`` by name.
+            lr: learning rate; the paper trains with 5e-3.
+            config: settings as one object, instead of by name.
+            options: ``shared``, ``find_layout`` and fields of ``SSOConfig``; see ``SpectralOptimizer``.
 
         Raises:
-            ValueError: a setting outside its rule, or a parameter that is no matrix.
-            TypeError: a setting that does not exist, or ``config`` and ``settings`` together.
             ImportError: the package of ``symmetric_kernel`` is not installed.
         """
-        self.config = self._complete(one_config(SSOConfig, config, settings))
-        c = self.config
+        super().__init__(params, lr, config=config, **options)
+        self.config = c = self._complete(self.config)
         if c.symmetric_kernel != "torch":
             load_kernel(c.symmetric_kernel)
         self._rule = SSORule(
@@ -93,15 +99,6 @@ class SSO(SpectralOptimizer):
             power_block=c.power_block,
             power_degree=c.power_degree,
             products=Products(c.msign_precision, c.symmetric_kernel),
-        )
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=c.momentum,
-            nesterov=c.nesterov,
-            weight_decay=c.weight_decay,
-            shared=shared or SpectralConfig(),
-            find_layout=find_layout,
         )
 
     def _complete(self, config: SSOConfig) -> SSOConfig:
@@ -194,20 +191,23 @@ class SSO(SpectralOptimizer):
         """Make the cache of a batch that has none: from a checkpoint, else from the weights."""
         if batch.cache is not None:
             return
-        states = self.take_loaded(batch)
-        is_known = bool(states) and all(state and self.fits(batch, state) for state in states)
-        cache = (blank_cache if is_known else start_cache)(W, self._rule, batch.placement.all_reduce)
-        self._refuse_zeros(batch, cache.radius)
+        cache = self.start_cache(batch, lambda is_known: self._new_cache(batch, W, is_known))
+        scaler = self.config.radius_scaler
+        for radius, loaded in zip(cache.radius, cache.radius_scaler.tolist(), strict=True):
+            if loaded != scaler:  # by the ratio, and not at all where it is 1: c R / c is not always R
+                radius.mul_(scaler / loaded)
+        cache.radius_scaler.fill_(scaler)
+
+    def _new_cache(self, batch: MatrixBatch, W: Tensor, is_known: bool) -> _Cache:
+        found = (blank_cache if is_known else start_cache)(W, self._rule, batch.placement.all_reduce)
+        self._refuse_zeros(batch, found.radius)
         c = self.config
         if c.radius_mode == "from_weights":
-            cache.radius.mul_(c.radius_scaler)
+            found.radius.mul_(c.radius_scaler)
         else:
-            cache.radius.fill_(target_radius(batch.shape, c.radius_mode, c.radius_scaler))
-        for index, state in enumerate(states):
-            if state:
-                self._go_on_from(state, batch, cache, index)
-        cache.is_cold = not is_known or any(bool(state["is_cold"]) for state in states if state)
-        batch.cache = cache
+            found.radius.fill_(target_radius(batch.shape, c.radius_mode, c.radius_scaler))
+        scalers = torch.full((len(W),), c.radius_scaler, dtype=torch.float64)  # precise as the setting
+        return _Cache(**vars(found), radius_scaler=scalers)
 
     def _refuse_zeros(self, batch: MatrixBatch, norms: Tensor) -> None:
         # The one look at values on the host, before the first step; every rank sees all of them, so that
@@ -225,47 +225,20 @@ class SSO(SpectralOptimizer):
                 "sphere; initialise it with random values, or exclude it from the spectral optimizer"
             )
 
-    def matrix_states(self, batch: MatrixBatch) -> list[MatrixState]:
-        """Singular vectors, lam, slope and h; with ``from_weights`` the radius and the factor in it."""
-        cache: SpectralCache = batch.cache
-        columns = {self._side(batch): cache.basis, "lam": cache.lam, "slope": cache.slope, "h": cache.h}
-        columns["is_cold"] = torch.tensor(cache.is_cold).expand(len(cache.lam))
-        if self.config.radius_mode == "from_weights":
-            columns["radius"] = cache.radius
-            scaler = torch.tensor(self.config.radius_scaler, dtype=torch.float64)  # as the setting
-            columns["radius_scaler"] = scaler.expand(len(cache.lam))
-        columns = {key: column.cpu() for key, column in columns.items()}
-        return [{key: column[i].clone() for key, column in columns.items()} for i in range(len(cache.lam))]
-
-    def fits(self, batch: MatrixBatch, state: MatrixState) -> bool:
-        """Whether the singular vectors are there in the wanted number, and the radius where it is kept."""
-        side = self._side(batch)
-        height = batch.shape[1 if side == "right_vectors" else 0]
-        wanted = (height, min(self.config.power_block, height))
-        has_radius = "radius" in state or self.config.radius_mode != "from_weights"
-        return has_radius and side in state and state[side].shape == wanted
-
-    def warm_state(self, shape: tuple[int, int]) -> MatrixState:
-        """Of a search that has settled."""
-        side, height = _side(shape), min(shape)
-        state = dict.fromkeys(("lam", "slope", "h", "radius", "radius_scaler"), torch.tensor(1.0))
-        vectors = torch.zeros(height, min(self.config.power_block, height))
-        return {**state, side: vectors, "is_cold": torch.tensor(False)}
-
-    def _side(self, batch: MatrixBatch) -> str:
-        return _side(batch.shape)
-
-    def _go_on_from(self, state: MatrixState, batch: MatrixBatch, cache: SpectralCache, index: int) -> None:
-        cache.lam[index], cache.slope[index] = state["lam"], state["slope"]
-        # Checkpoints of earlier revisions do not have it: their search is taken to have found the root.
-        cache.h[index] = state.get("h", 0.0)
-        if self.config.radius_mode == "from_weights" and "radius" in state:
-            # The factor as a float of its own: c R / c is not always R.
-            same = float(state["radius_scaler"]) == self.config.radius_scaler
-            factor = 1.0 if same else self.config.radius_scaler / float(state["radius_scaler"])
-            cache.radius[index] = state["radius"] * factor
-        if self.fits(batch, state):
-            cache.basis[index] = state[self._side(batch)]
+    def cached_fields(self, shape: tuple[int, int]) -> tuple[CachedField, ...]:
+        """Singular vectors of the short side, and the search's state; with ``from_weights`` the radius."""
+        side, height = ("right_vectors" if shape[0] >= shape[1] else "left_vectors"), min(shape)
+        fields = (
+            CachedField(side, "basis", (height, min(self.config.power_block, height))),
+            CachedField("lam", "lam"),
+            CachedField("slope", "slope"),
+            # Checkpoints of earlier revisions do not have it: their search is taken to have found the root.
+            CachedField("h", "h", default=0.0),
+            CachedField("is_cold", "is_cold", default=False),
+        )
+        if self.config.radius_mode != "from_weights":
+            return fields
+        return *fields, CachedField("radius", "radius"), CachedField("radius_scaler", "radius_scaler")
 
     @torch.no_grad()
     def retracted(self) -> Iterator[tuple[str, Tensor, float]]:
@@ -295,11 +268,6 @@ class SSO(SpectralOptimizer):
             matrices = batch.whole([shard * factor for shard, factor in shards])
             for member, matrix, radius in zip(batch.members, matrices, radii, strict=True):
                 yield member.name, matrix, radius
-
-
-def _side(shape: tuple[int, int]) -> str:
-    """Which singular vectors a cache holds: those of the short side, whatever the placement."""
-    return "right_vectors" if shape[0] >= shape[1] else "left_vectors"
 
 
 class MuonSphere(SSO):

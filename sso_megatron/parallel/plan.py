@@ -38,6 +38,7 @@ class CutMatrix:
         cut_workspace: the same where shards stay on their ranks.
         thin_sums: bytes in each all-reduce of a step, for algorithms whose products with the matrix are
             thin; None for others.
+        may_stay: whether the algorithm works on shards; otherwise ``auto`` always brings them together.
     """
 
     cut: Cut
@@ -46,6 +47,7 @@ class CutMatrix:
     workspace: int
     cut_workspace: int
     thin_sums: tuple[int, ...] | None = None
+    may_stay: bool = True
 
 
 class Piece(NamedTuple):
@@ -222,12 +224,14 @@ def _choose_modes(
         return owner_cost(cuts, num_ranks, work=work, flops_per_byte=flops_per_byte)
 
     for kind, members in kinds.items():
-        cut = matrices[members[0]].cut
+        matrix = matrices[members[0]]
+        cut = matrix.cut
         costs = mode_costs(
             len(members), cut.shape, cut.dim, num_ranks, work=work, flops_per_byte=flops_per_byte
         )
         with_it = cost_of_owners()
-        others = ("duplicated", "distributed") if cut.is_long_side else ("duplicated",)
+        stays = cut.is_long_side and matrix.may_stay
+        others = ("duplicated", "distributed") if stays else ("duplicated",)
         modes[kind] = min(others, key=costs.__getitem__)
         if cost_of_owners() + costs[modes[kind]] >= with_it:
             modes[kind] = "owner"

@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +19,18 @@ from sso_megatron.parallel.cost import PolarWork
 from sso_megatron.parallel.shards import Cut
 
 
+@dataclass(frozen=True)
+class DescentConfig:
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 0.01
+
+
 class Descent(SpectralOptimizer):
     """Descent with momentum: all that the engine does around an algorithm, and no rounding of its own."""
 
-    def __init__(self, params: Any, shared: SpectralConfig, find_layout: Any) -> None:
-        settings: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
-        super().__init__(params, **settings, shared=shared, find_layout=find_layout)
+    config_cls = DescentConfig
+    works_on_shards = True
 
     def update_batch_(self, batch: Any, W: torch.Tensor, N: torch.Tensor) -> None:
         W.add_(N, alpha=-batch.group["lr"])
@@ -104,7 +111,7 @@ def dense() -> None:
         return layout(names[id(param)], tuple(param.shape), task["hidden"], size)
 
     if task["settings"] is None:
-        optimizer: SpectralOptimizer = Descent(groups, shared, find_layout)
+        optimizer: SpectralOptimizer = Descent(groups, 0.1, shared=shared, find_layout=find_layout)
     else:
         optimizer = SSO(groups, shared=shared, find_layout=find_layout, **task["settings"])
     peaks: list[int] = []
@@ -151,7 +158,8 @@ def two_groups() -> None:
         layouts[id(params[name])] = ParameterLayout(name, (whole(params[name].shape, 0, size),), tp_group)
     order = sorted(params, key=lambda name: (int(name.split()[1]) * (rank + 3)) % 11)
     shared = SpectralConfig(tp_mode=task["mode"], workspace_mib=1)
-    optimizer = Descent([params[name] for name in order], shared, lambda p: layouts[id(p)])
+    listed = [params[name] for name in order]
+    optimizer = Descent(listed, 0.1, shared=shared, find_layout=lambda p: layouts[id(p)])
     for _ in range(2):
         optimizer.step()
     save("final", {name: param.detach() for name, param in params.items()})

@@ -72,6 +72,11 @@ def _check_combinations(args: argparse.Namespace, spec: OptimizerSpec) -> None:
             if getattr(args, name, False):
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} with --optimizer {args.optimizer}: {rule}; leave it out")
+    if args.spectral_tp_mode == "distributed" and not spec.optimizer_cls.works_on_shards:
+        raise ValueError(
+            f"--spectral-tp-mode distributed with --optimizer {args.optimizer}: its step takes whole "
+            "matrices; use auto, owner or duplicated"
+        )
     if args.optimizer == "spectral_adam" and args.spectral_tp_mode == "owner":
         raise ValueError(
             "--spectral-tp-mode owner with --optimizer spectral_adam: its averages stay with the shards; "

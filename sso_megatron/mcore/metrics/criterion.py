@@ -150,6 +150,8 @@ def _is_shared(p: ModelParameter, is_tied: bool) -> bool:
 class _NuclearNorms:
     """What ``make_schedule`` needs to know of ``linalg.nuclear_norm``."""
 
+    works_on_shards = True
+
     def polar_work(self) -> PolarWork:
         return PolarWork(1, _STEPS)
 

@@ -201,7 +201,7 @@ class Stage:
                     work=optimizer.polar_work(),
                     flops_per_byte=self.shared.flops_per_byte,
                 )
-                if not some.is_long_side:
+                if not (some.is_long_side and optimizer.works_on_shards):
                     del costs["distributed"]
             self.cuts[key] = CutKind(
                 self.index,

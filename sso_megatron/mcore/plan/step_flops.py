@@ -46,7 +46,7 @@ class StepFlops:
         layout = ParameterLayout("matrix", (split,), tp_group)
         param = torch.empty(stored, device="meta", requires_grad=True)
         settings = self._settings | {
-            "shared": SpectralConfig(tp_mode="distributed"),
+            "shared": SpectralConfig(tp_mode="auto" if split.partition_dim is None else "distributed"),
             "find_layout": lambda _: layout,
         }
         optimizer = self._cls([param], **settings)
