@@ -18,7 +18,6 @@ from helpers.megatron_runs import MOE, Megatron, Run, expert_by_itself, tiny
 from helpers.processes import HANGS_AFTER
 from sso_megatron.cli import main as cli
 from sso_megatron.cli.export import _write_safetensors
-from sso_megatron.mcore.offline.export import stored_radii
 from sso_megatron.version import __version__
 
 # A constant rate: the last update leaves weights well off their spheres.
@@ -28,11 +27,7 @@ SAVING += ["--save", "checkpoint", "--save-interval", 2]
 
 def export(megatron: Megatron, *flags: object, fails: bool = False) -> Run:
     """Export in a rank, where Megatron is imported already."""
-    return megatron.run(["export", *map(str, flags)], fails=fails, main="test_export:export_command")
-
-
-def export_command() -> None:
-    sys.exit(cli.main())
+    return megatron.run(["export", *map(str, flags)], fails=fails, main="command_probes:command")
 
 
 def export_as_users_do(*flags: object) -> str:
@@ -335,27 +330,6 @@ def test_radii_of_the_first_weights(megatron: Megatron) -> None:
         assert radius == pytest.approx(1.5 * norm(initial[name]), rel=1e-3)
 
 
-def save_radii() -> None:
-    """Save what an optimizer with radii of its own saves, as Megatron does."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-
-    from helpers import probes
-
-    torch.distributed.init_process_group("gloo")
-    states = {
-        "a.weight[q0]": {"radius": torch.tensor(2.5), "lam": torch.zeros(())},
-        "b.weight": {"lam": torch.zeros(())},
-    }
-    objects = {
-        name: ShardedObject(f"optimizer.spectral.{name}", state, (1,), (0,))
-        for name, state in states.items()
-    }
-    Path("checkpoint").mkdir()
-    dist_checkpointing.save({"optimizer": objects}, "checkpoint")
-    probes.save("radii", stored_radii(Path("checkpoint")))
-
-
 def test_radii_of_the_optimizer_are_read(megatron: Megatron) -> None:
-    run = megatron.run([], main="test_export:save_radii")
+    run = megatron.run([], main="command_probes:save_radii")
     assert run.saved("radii") == [{"a.weight[q0]": 2.5}]

@@ -1,7 +1,5 @@
 """``sso-megatron plot --weights``: singular values, against checkpoints that are read in another way."""
 
-import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +9,8 @@ import torch
 from helpers import probes
 from helpers.comparisons import stored
 from helpers.megatron_runs import MOE, Megatron, Run, expert_by_itself, tiny
-from sso_megatron.cli.main import main
 from sso_megatron.cli.plot import axes as plot_axes
 from sso_megatron.cli.plot import singular as plot_singular
-from sso_megatron.mcore.offline import singular_values
 from sso_megatron.runs.reader import load
 
 SAVING = ["--spectral-mup-init", "--lr", 0.05, "--save", "checkpoint", "--save-interval", 2]
@@ -25,20 +21,10 @@ def dense(megatron: Megatron) -> Run:
     return megatron.train(tiny(*SAVING, "--log-spectral-metrics", 2, tp=2), 2, ("probes:weights",))
 
 
-def read_from_command_line() -> None:
-    """What a rank does, where Megatron is imported already: singular values into a file."""
-    found = singular_values.read(Path(sys.argv[1]), re.compile(sys.argv[2]))
-    torch.save(found, "values.pt")
-
-
 def values(megatron: Megatron, root: Path, pattern: str) -> dict[str, dict[int, torch.Tensor]]:
-    run = megatron.run([str(root), pattern], main="test_plot_singular:read_from_command_line")
+    run = megatron.run([str(root), pattern], main="command_probes:read_singular_values")
     found: dict[str, dict[int, torch.Tensor]] = torch.load(run.folder / "values.pt")
     return found
-
-
-def plot_command() -> None:
-    sys.exit(main())
 
 
 def svd(matrix: torch.Tensor) -> torch.Tensor:
@@ -126,7 +112,7 @@ def test_the_command(dense: Run, megatron: Megatron) -> None:
     (twin / "metrics.jsonl").write_bytes((dense.folder / "metrics.jsonl").read_bytes())
     (twin / "checkpoint").symlink_to(dense.folder / "checkpoint")
     argv = ["plot", str(dense.folder), str(twin), "--weights", r"layers\.0\.mlp"]
-    run = megatron.run(argv, main="test_plot_singular:plot_command")
+    run = megatron.run(argv, main="command_probes:command")
     assert "report.html: " in run.log
     text = (run.folder / "plots" / "report.html").read_text()
     assert text.count("decoder.layers.0.mlp.linear_fc1.weight[gate]") >= 2
@@ -142,7 +128,7 @@ def test_the_command(dense: Run, megatron: Megatron) -> None:
 )
 def test_patterns_that_do_not_fit(dense: Run, megatron: Megatron, pattern: str, message: str) -> None:
     argv = ["plot", str(dense.folder), "--weights", pattern]
-    run = megatron.run(argv, fails=True, main="test_plot_singular:plot_command")
+    run = megatron.run(argv, fails=True, main="command_probes:command")
     assert run.codes == [2]
     (line,) = [line for line in run.log.splitlines() if line.startswith("sso-megatron plot: error: ")]
     assert message in line
@@ -163,7 +149,7 @@ def test_weights_that_are_not_finite(megatron: Megatron) -> None:
     argv = tiny(*SAVING[1:], "--no-check-for-nan-in-loss-and-grad", optimizer="adam")
     folder = megatron.train(argv, calls=("test_plot_singular:spoil",)).folder
     argv = ["plot", str(folder), "--weights", r"layers\.1\.mlp\.linear_fc2"]
-    run = megatron.run(argv, fails=True, main="test_plot_singular:plot_command")
+    run = megatron.run(argv, fails=True, main="command_probes:command")
     assert run.codes == [2]
     (line,) = [line for line in run.log.splitlines() if line.startswith("sso-megatron plot: error: ")]
     assert "decoder.layers.1.mlp.linear_fc2.weight is not finite at iteration 2 of" in line
@@ -175,6 +161,6 @@ def test_checkpoints_of_another_format(megatron: Megatron, tmp_path: Path) -> No
     (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("4")
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2.0}\n')
     argv = ["plot", str(tmp_path), "--weights", "fc2"]
-    run = megatron.run(argv, fails=True, main="test_plot_singular:plot_command")
+    run = megatron.run(argv, fails=True, main="command_probes:command")
     assert run.codes == [2]
     assert "iter_0000004 is of the format torch and must be torch_dist" in run.log

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.command_probes import execute
 from helpers.pages import PAGES, blocks
 from helpers.paths import ROOT
 from helpers.processes import HANGS_AFTER
@@ -59,25 +60,11 @@ def test_every_fence_has_a_language_that_is_checked_or_plain() -> None:
 # ---------------------------------------------------------------- Python blocks
 
 
-def execute(page: Path) -> dict[str, Any]:
-    """Run a page's blocks in order in one namespace; the line numbers are those of the block."""
-    namespace: dict[str, Any] = {"__name__": "__docs__"}
-    for number, block in enumerate(blocks(page, "python"), 1):
-        exec(compile(block, f"{page.name}, Python block {number}", "exec"), namespace)
-    return namespace
-
-
-def execute_from_command_line() -> None:
-    """What a rank of the zygote runs: the page that is its argument."""
-    losses = execute(Path(sys.argv[1]))["losses"]
-    assert losses[-1] < 0.95 * losses[0], losses
-
-
 @pytest.mark.parametrize("page", PYTHON, ids=[str(p.relative_to(ROOT)) for p in PYTHON])
 def test_python_blocks(page, megatron, tmp_path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
-    if any("megatron.core" in block for block in blocks(page, "python")):
-        # It makes process groups and redirects CUDA: not in this process.
-        megatron.run([str(page)], main="test_docs:execute_from_command_line")
+    if any(re.search(r"megatron\.core|sso_megatron\.mcore", block) for block in blocks(page, "python")):
+        # It makes process groups, redirects CUDA or adds to the table of optimizers: not in this process.
+        megatron.run([str(page)], main="command_probes:execute_page")
         return
     monkeypatch.chdir(tmp_path)
     found = execute(page)
@@ -318,27 +305,10 @@ def megatron_command_lines() -> list[tuple[str, int, list[str], bool]]:
     return found
 
 
-def parse_from_command_line() -> None:
-    """What a rank of the zygote runs: parse, and validate what is complete, as training does."""
-    from megatron.training import arguments
-
-    for page, ranks, flags, is_complete in json.loads(sys.argv[1]):
-        os.environ["WORLD_SIZE"] = str(ranks)
-        sys.argv = ["pretrain_gpt.py", *flags]
-        print("parsing", page, flags, flush=True)
-        args = arguments.parse_args()
-        if is_complete:
-            arguments.validate_args(args, {})
-        else:
-            from sso_megatron.mcore.entry import check_and_register
-
-            check_and_register(args)
-
-
 def test_flags_parse(megatron) -> None:  # type: ignore[no-untyped-def]
     lines = megatron_command_lines()
     assert any(is_complete for *_, is_complete in lines)
-    megatron.run([json.dumps(lines)], main="test_docs:parse_from_command_line")
+    megatron.run([json.dumps(lines)], main="command_probes:parse_flags")
 
 
 @pytest.mark.parametrize(
@@ -347,7 +317,7 @@ def test_flags_parse(megatron) -> None:  # type: ignore[no-untyped-def]
 def test_wrong_flags_do_not_parse(megatron, flags) -> None:  # type: ignore[no-untyped-def]
     """The check above can fail."""
     lines = [("nowhere", 1, ["--optimizer", "sso", *flags], False)]
-    run = megatron.run([json.dumps(lines)], main="test_docs:parse_from_command_line", fails=True)
+    run = megatron.run([json.dumps(lines)], main="command_probes:parse_flags", fails=True)
     assert run.codes != [0]
 
 

@@ -6,8 +6,6 @@ import argparse
 import json
 import re
 import runpy
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -43,25 +41,9 @@ def test_switching_names_flags_that_there_are(megatron) -> None:  # type: ignore
 
 def flags_of_megatron(megatron) -> tuple[set[str], set[str]]:  # type: ignore[no-untyped-def]
     """Those of its own, and those that its parser has because of us."""
-    run = megatron.run(["flags.json"], main="test_flag_pages:flags_from_command_line")
+    run = megatron.run(["flags.json"], main="command_probes:list_flags")
     theirs, all_flags = (set(flags) for flags in json.loads((run.folder / "flags.json").read_text()))
     return theirs, all_flags - theirs
-
-
-def flags_from_command_line() -> None:
-    """What a rank of the zygote runs: writes the flags of Megatron's parser, without ours and with them."""
-    from megatron.training import arguments
-
-    from sso_megatron.mcore.flags.parser import add_arguments
-
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    theirs = getattr(
-        arguments.add_megatron_arguments, "_sso_megatron_original", arguments.add_megatron_arguments
-    )
-    theirs(parser)
-    before = sorted(parser._option_string_actions)
-    add_arguments(parser)
-    Path(sys.argv[1]).write_text(json.dumps([before, sorted(parser._option_string_actions)]))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,12 @@ import torch
 import torch.distributed as dist
 
 import sso_megatron
+from helpers.host_reads import NoHostReads
 from helpers.probes import Collectives, save
 from sso_megatron import SSO
+from sso_megatron.cli.bench.meters import HostSyncs
 from sso_megatron.matrices.layout import ParameterLayout, Split
+from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.config import SpectralConfig
 from sso_megatron.optimizers.schedule import make_schedule
 
@@ -169,3 +172,18 @@ def parts_of_a_large_model() -> None:
     save("parts", [(batch.mode, len(batch.members), len(batch.here)) for batch in batches])
     dist.barrier()  # a rank that leaves early breaks the others' connecting
     dist.destroy_process_group()
+
+
+def train_guarded() -> None:
+    """``train`` with its steps by turns counted and guarded, but for the first."""
+    step, seen = SpectralOptimizer.step, []
+
+    def watched(self: Any, closure: Any = None) -> Any:
+        with NoHostReads() if len(seen) % 2 else HostSyncs() as guard:
+            result = step(self, closure)
+        seen.append(dict(guard.sources) if isinstance(guard, HostSyncs) else {})
+        save("syncs", seen)
+        return result
+
+    SpectralOptimizer.step = watched
+    train()

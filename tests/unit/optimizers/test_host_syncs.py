@@ -7,13 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import parallel_probes
 from helpers.host_reads import NoHostReads
 from helpers.megatron_runs import Megatron
-from helpers.probes import save
 from sso_megatron import SSO, MuonSphere, Spectra, SpectralAdam, SpectralClip
 from sso_megatron.cli.bench.meters import HostSyncs
-from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.measures import StepMeasures
 
 SHAPES = [(96, 96), (96, 96), (128, 80), (80, 128), (192, 48), (48, 192), (8, 8), (40, 1)]
@@ -116,28 +113,13 @@ def test_cuda_itself_finds_no_synchronisation(kind: Any, settings: dict[str, Any
         torch.cuda.set_sync_debug_mode("default")
 
 
-def train_guarded() -> None:
-    """``parallel_probes.train`` with its steps by turns counted and guarded, but for the first."""
-    step, seen = SpectralOptimizer.step, []
-
-    def watched(self: Any, closure: Any = None) -> Any:
-        with NoHostReads() if len(seen) % 2 else HostSyncs() as guard:
-            result = step(self, closure)
-        seen.append(dict(guard.sources) if isinstance(guard, HostSyncs) else {})
-        save("syncs", seen)
-        return result
-
-    SpectralOptimizer.step = watched
-    parallel_probes.train()
-
-
 @pytest.mark.parametrize("settings", [{}, {"tangent": "none"}], ids=["sso", "muon_sphere"])
 @pytest.mark.parametrize("mode", ["duplicated", "owner", "distributed"])
 def test_no_host_synchronisation_on_two_ranks(megatron: Megatron, mode: str, settings: Any) -> None:
     shapes = {"rows": [36, 24, 0, None], "columns": [24, 36, 1, None], "whole": [10, 14, None, None]}
     matrices = shapes | {f"layer {i}": [36, 24, 0, None] for i in range(3)}
     task = {"matrices": matrices, "mode": mode, "steps": 6, "gradients": "noise", "settings": settings}
-    run = megatron.run([json.dumps(task)], 2, main="test_host_syncs:train_guarded")
+    run = megatron.run([json.dumps(task)], 2, main="parallel_probes:train_guarded")
     assert all(set(modes.values()) == {"local", mode} for modes in run.saved("modes"))
     for first, *others in run.saved("syncs"):
         assert first, "the look at the radii"
