@@ -11,8 +11,8 @@ class Section(NamedTuple):
 
     Attributes:
         label: ``q``, ``gate``, ``k`` or ``v``.
-        heads: how many there are in each group.
-        head_rows: rows of each.
+        heads: number of heads in each group.
+        head_rows: rows of each head.
     """
 
     label: str
@@ -28,11 +28,11 @@ def head_splits(
     tp_size: int,
     tp_rank: int,
 ) -> tuple[Split, ...]:
-    """Logical matrices of a weight that is stored group by group, each group section by section.
+    """Return the logical matrices of a weight that is stored group by group, each group section by section.
 
-    That is a fused QKV with its query groups, and an up projection of multi-latent attention with
-    groups of one head. Tensor parallelism cuts the whole into equal blocks of rows. Where it has more
-    ranks than there are groups, heads may begin on one rank and end on another.
+    A fused QKV is such a weight, by its query groups, and so is an up projection of multi-latent attention,
+    with groups of one head. Tensor parallelism cuts the weight into equal blocks of rows. Where there are
+    more ranks than groups, heads may begin on one rank and end on another.
 
     Args:
         shape: stored local ``(rows, d_in)``.
@@ -43,7 +43,7 @@ def head_splits(
         tp_rank: this rank's place in it.
 
     Raises:
-        ValueError: the whole is no whole number of groups.
+        ValueError: the weight is no whole number of groups.
     """
     rows = shape[0]
     group_rows = sum(heads * head_rows for _, heads, head_rows in sections)
@@ -67,7 +67,7 @@ def head_splits(
 
 
 def _add(ranges: list[tuple[int, int]], start: int, stop: int) -> None:
-    """Append a range, joined with the last where they touch: one range can be read as a view."""
+    """Append a range, or extend the last one where the two touch: one range can be read as a view."""
     if ranges and ranges[-1][1] == start:
         start, _ = ranges.pop()
     ranges.append((start, stop))

@@ -22,11 +22,11 @@ class Split:
     """One logical matrix of a stored parameter, as this rank sees it.
 
     Attributes:
-        label: which part it is, ``""`` for a whole parameter, else ``q3``, ``gate`` and so on.
-        rows: row ranges of the stored local tensor, put under each other; none where this rank holds
-            nothing of a matrix that others of its group hold.
+        label: name of the part, ``""`` for a whole parameter, else ``q3``, ``gate`` and so on.
+        rows: row ranges of the stored local tensor, which make up this rank's part in this order; empty
+            where only other ranks of the group hold rows of the matrix.
         shape: global ``(d_out, d_in)``, which radius and scale are taken from.
-        partition_dim: dimension that is cut over the group; None when the matrix is whole here.
+        partition_dim: dimension that is cut over the group; None when this rank holds the whole matrix.
         shard_rows: rows on each rank of the group, in shard order, where a cut along dimension 0 is
             uneven; None where every rank holds the same number.
     """
@@ -38,20 +38,20 @@ class Split:
     shard_rows: tuple[int, ...] | None = None
 
     def read(self, stored: Tensor) -> Tensor:
-        """This rank's part of the logical matrix from the stored ``(..., rows, d_in)`` tensor.
+        """Return this rank's part of the logical matrix from the stored ``(..., rows, d_in)`` tensor.
 
-        A view where the rows are contiguous, a copy where they are not.
+        It is a view where the rows are contiguous, and a copy where they are not.
         """
         flat = stored.flatten(0, -2)
         parts = [run.reshape(-1, flat.size(1)) for run in self._runs(flat)]
         return parts[0] if len(parts) == 1 else torch.cat([flat[:0], *parts])
 
     def write_(self, stored: Tensor, values: Tensor) -> None:
-        """Put this rank's part back; the inverse of ``read``, converting to the stored dtype.
+        """Write this rank's part into the stored tensor, in its dtype; the inverse of ``read``.
 
         Args:
             stored: contiguous ``(..., rows, d_in)``.
-            values: ``(k, d_in)``, ``k`` at least the rows of this part; what is beyond is left out.
+            values: ``(k, d_in)``, ``k`` at least the rows of this part; further rows are ignored.
         """
         flat = stored.view(-1, stored.size(-1))
         offset = 0
@@ -61,9 +61,9 @@ class Split:
             offset += count
 
     def _runs(self, flat: Tensor) -> list[Tensor]:
-        """Views of the rows: ``(n, k, d_in)`` of ``n`` equal ranges at equal distances, else each range.
+        """Return views of the rows: one ``(n, k, d_in)`` of equal ranges at equal distances, else one each.
 
-        Blocks of gate and up that take turns are a hundred ranges: one copy instead of as many.
+        Alternating blocks of gate and up are a hundred ranges, which one copy then reads or writes.
         """
         if len(self.rows) > 1:
             (first, stop), (second, _), last = self.rows[0], self.rows[1], self.rows[-1][1]
@@ -88,12 +88,12 @@ class ParameterLayout:
     tp_group: Any = None
 
     def matrix_name(self, split: Split) -> str:
-        """Global name of one logical matrix."""
+        """Return the global name of one logical matrix."""
         return f"{self.name}[{split.label}]" if split.label else self.name
 
 
 def whole(shape: Sequence[int], partition_dim: int | None = None, tp_size: int = 1) -> Split:
-    """The parameter as one matrix.
+    """Return the parameter as one matrix.
 
     Args:
         shape: stored local ``(rows, d_in)``.
@@ -107,7 +107,7 @@ def whole(shape: Sequence[int], partition_dim: int | None = None, tp_size: int =
 def gate_up_splits(
     shape: Sequence[int], partition_dim: int | None, tp_size: int, interleave: int = 0
 ) -> tuple[Split, ...]:
-    """Gate and up of a gated MLP's first layer; each rank stores its slice of both.
+    """Return gate and up of a gated MLP's first layer; each rank stores its slice of both.
 
     Args:
         shape: stored local ``(2 * ffn / tp_size, d_in)``.
@@ -135,7 +135,7 @@ def gate_up_splits(
 def section_splits(
     shape: Sequence[int], sections: Sequence[tuple[str, int]], partition_dim: int | None, tp_size: int
 ) -> tuple[Split, ...]:
-    """Matrices stored under each other; under tensor parallelism each rank stores its slice of each.
+    """Return matrices stored one below the other; each tensor-parallel rank stores a slice of each.
 
     Args:
         shape: stored local ``(rows, d_in)``.
@@ -163,11 +163,11 @@ def section_splits(
 def row_splits(
     shape: Sequence[int], parts: Iterable[tuple[str, RowRanges]], *, tp_size: int, tp_rank: int
 ) -> tuple[Split, ...]:
-    """Matrices of a parameter that is cut into equal blocks of rows, wherever its matrices begin.
+    """Return the matrices of a parameter that is cut into equal blocks of rows, wherever they begin.
 
-    A matrix whose rows all lie in one rank's block is whole, and that rank alone lists it. Every other
-    is cut along dimension 0, and all ranks list it in the same order, also those that hold none of
-    its rows: their collectives follow that order.
+    A matrix whose rows are all in one rank's block is whole, and that rank alone lists it. Every other
+    matrix is cut along dimension 0. All ranks list the cut matrices in the same order, which their
+    collectives follow, ranks that hold none of a matrix's rows included.
 
     Args:
         shape: stored local ``(rows, d_in)``.
@@ -191,7 +191,7 @@ def row_splits(
 
 
 def packed_splits(shape: Sequence[int], one: Sequence[Split], experts: Sequence[int]) -> tuple[Split, ...]:
-    """Matrices of equal experts that are stored under each other.
+    """Return the matrices of equal experts that are stored one below the other.
 
     Args:
         shape: stored local ``(experts, rows, d_in)`` or ``(experts * rows, d_in)``.
@@ -216,7 +216,7 @@ def packed_splits(shape: Sequence[int], one: Sequence[Split], experts: Sequence[
 
 
 def _within(ranges: RowRanges, first: int, last: int) -> RowRanges:
-    """What of ``ranges`` lies in ``first .. last``, counted from ``first``."""
+    """Return the part of ``ranges`` within ``first .. last``, counted from ``first``."""
     cut = ((max(start, first) - first, min(stop, last) - first) for start, stop in ranges)
     return tuple((start, stop) for start, stop in cut if start < stop)
 

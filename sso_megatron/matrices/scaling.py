@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def target_radius(shape: tuple[int, int], mode: str, scaler: float) -> float:
-    """Radius R of the sphere that a weight is held on (arXiv 2601.08393, section 3).
+    """Return the radius R of the sphere that a weight is held on (arXiv 2601.08393, section 3).
 
     Args:
         shape: global ``(d_out, d_in)``.
@@ -23,7 +23,7 @@ def target_radius(shape: tuple[int, int], mode: str, scaler: float) -> float:
 
 
 def update_scale[R: (float, Tensor)](shape: tuple[int, int], mode: str, radius: R) -> R | float:
-    """Factor between ``lr * Phi`` and the step (arXiv 2601.08393, eq. 16).
+    """Return the factor between ``lr * Phi`` and the step (arXiv 2601.08393, eq. 16).
 
     Args:
         shape: global ``(d_out, d_in)``.

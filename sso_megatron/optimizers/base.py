@@ -1,4 +1,4 @@
-"""The engine every spectral optimizer runs on: parameters in, batches of matrices out."""
+"""The base class of the spectral optimizers: weights go to the ranks that update them, and back."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from sso_megatron.updates.momentum import update_momentum_
 
 
 class SpectralOptimizer(MatrixOptimizer):
-    """Momentum, batching and placement; a subclass takes the step on a batch of matrices.
+    """Takes care of momentum, batching and placement; a subclass updates a batch of matrices.
 
     A subclass needs ``config_cls`` and ``update_batch_``. Of the configuration's fields ``momentum``,
     ``nesterov`` and ``weight_decay`` are read here, where they exist: the gradient's moving average,
@@ -40,11 +40,11 @@ class SpectralOptimizer(MatrixOptimizer):
     Attributes:
         config_cls: dataclass of the settings.
         config: the settings.
-        on_written: called in a step with parameters that the step is done with, as soon as it is: each
-            parameter once, those without a gradient included.
-        measures: takes what the next steps do to each matrix; None, as it is at first, costs nothing.
-        own_columns: names of what ``measured`` gives, but for ``spectral_norm``.
-        finds_norms: whether it gives that, too: the step finds it anyway.
+        on_written: called during a step with the parameters that the step has finished: each parameter
+            once, parameters without a gradient included.
+        measures: collects what the next steps do to each matrix; None, as it is at first, costs nothing.
+        own_columns: names of the columns that ``measured`` returns, apart from ``spectral_norm``.
+        finds_norms: whether ``measured`` returns ``spectral_norm``, too, because the step finds it anyway.
     """
 
     config_cls: type[Any]
@@ -87,13 +87,13 @@ class SpectralOptimizer(MatrixOptimizer):
         super().__init__(params, lr=lr, config=c, shared=shared, find_layout=find_layout)
 
     def __getstate__(self) -> dict[str, Any]:
-        """As that of ``MatrixOptimizer``, without ``on_written`` and ``measures``."""
+        """Return what copy and pickle take, without ``on_written`` and ``measures``."""
         own = super().__getstate__() | {"_unfinished": Counter()}
         return {name: value for name, value in own.items() if name not in ("on_written", "measures")}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One optimizer step; see the class for the collectives.
+        """Take one optimizer step; the class lists its collectives.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -116,7 +116,7 @@ class SpectralOptimizer(MatrixOptimizer):
         schedule = self.schedule
         if self.on_written is not None:
             members = (member for batch in schedule.batches for member in batch.members)
-            # Of some cut matrices this rank holds nothing, and hears nothing.
+            # This rank may hold no row of a cut matrix, and then no result of it comes here.
             self._unfinished = Counter(member.param for member in members if member.split.rows)
         meanwhile = iter(schedule.meanwhile)
         for unit in schedule.units:
@@ -159,7 +159,13 @@ class SpectralOptimizer(MatrixOptimizer):
         self._write([unit.members[i] for i in places], results)
 
     def _step_owned(self, exchange: Exchange, batch: MatrixBatch, places: list[int]) -> None:
-        """A batch of matrices whose other shards ``exchange`` has brought; ``places`` are its own."""
+        """Step on matrices that this rank owns and whose other shards ``exchange`` has brought.
+
+        Args:
+            exchange: it holds the other shards, and takes the results.
+            batch: the matrices, those of other owners included.
+            places: places of ``batch.here`` in the exchange's plan.
+        """
         W, N = (torch.empty(len(places), *batch.shape, **batch.options) for _ in range(2))
         self._read(batch.here, batch.placement.local_shards(W), batch.placement.local_shards(N))
         exchange.take(places, W, N)
@@ -179,7 +185,7 @@ class SpectralOptimizer(MatrixOptimizer):
             self.measures.add_whole(batch, [known[name] for name in self.columns])
 
     def _read(self, members: list[Member], weights: list[Tensor], directions: list[Tensor]) -> None:
-        """Put this rank's part of weights and momentum directions into the places given."""
+        """Copy this rank's part of weights and momentum directions into the places given."""
         # Matrices of scattered rows are copied on the way: one at a time, for the sake of memory.
         is_scattered = any(len(member.split.rows) > 1 for member in members)
         size = 1 if is_scattered else max(1, len(members))
@@ -189,16 +195,16 @@ class SpectralOptimizer(MatrixOptimizer):
             self.read_directions(some, directions[k : k + size])
 
     def begin_step(self) -> None:
-        """Count the step; once, before anything is read or written."""
+        """Count the step. It is called once a step, before anything is read or written."""
         for group in self.param_groups if self.counts_steps else ():
             group["step"].add_(1)
 
     def take_gradient_(self, param: Tensor, gradient: Tensor) -> None:
-        """Take a parameter's gradient into its state, before any batch is worked on."""
+        """Update a parameter's state with its gradient. It is called before any batch is worked on."""
         update_momentum_(self.state[param]["momentum_buffer"], gradient, self._momentum)
 
     def read_directions(self, members: list[Member], places: list[Tensor]) -> None:
-        """Put this rank's part of what ``update_batch_`` gets as ``N`` into the places given."""
+        """Copy this rank's part of what ``update_batch_`` gets as ``N`` into the places given."""
         momenta = self.read_state(members, "momentum_buffer")
         if not self._nesterov:
             copy_all_(places, momenta)
@@ -208,11 +214,11 @@ class SpectralOptimizer(MatrixOptimizer):
         torch._foreach_lerp_(places, momenta, self._momentum)
 
     def read_state(self, members: list[Member], name: str) -> list[Tensor]:
-        """This rank's part of each matrix of one of ``state_names``: a view where rows are contiguous."""
+        """Return this rank's part of each matrix in one of ``state_names``: views of contiguous rows."""
         return [m.split.read(self.state[m.param][name]) for m in members]
 
     def read_gradients(self, members: list[Member], places: list[Tensor]) -> None:
-        """Put this rank's part of gradients into the places given, zeros where there is none."""
+        """Copy this rank's part of gradients into the places given, zeros where there is no gradient."""
         filled, gradients = [], []
         for member, place in zip(members, places, strict=True):
             if member.param.grad is None:
@@ -223,7 +229,7 @@ class SpectralOptimizer(MatrixOptimizer):
         copy_all_(filled, gradients)
 
     def _write(self, members: list[Member], values: list[Tensor]) -> None:
-        """Put this rank's part of updated weights into the parameters.
+        """Copy this rank's part of updated weights into the parameters.
 
         A parameter without a gradient is left as it is, as every torch optimizer does.
         """
@@ -254,15 +260,15 @@ class SpectralOptimizer(MatrixOptimizer):
             batch: gives the group's settings and holds the algorithm's cache and statistics.
             W: ``(b, p, q)`` weights of ``batch.here``, of which there may be none, float32 or float64;
                 whole matrices, or rows of them where ``batch.placement.all_reduce`` sums over the others.
-            N: ``(b, p, q)`` what ``read_directions`` gave, here the momentum, same dtype.
+            N: ``(b, p, q)`` what ``read_directions`` copied, by default the momentum, same dtype.
         """
         raise NotImplementedError
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of what ``measures`` gets of every matrix."""
+        """Names of the numbers that ``measures`` gets for every matrix."""
         return ("spectral_norm", *self.own_columns)
 
     def measured(self, batch: MatrixBatch) -> dict[str, Tensor]:
-        """``own_columns`` of the step just taken, ``(b,)`` for ``batch.here``."""
+        """Return ``own_columns`` of the step just taken, each with an entry for each of ``batch.here``."""
         return {}

@@ -1,4 +1,4 @@
-"""Batches of equal logical matrices: what a step works on in one go."""
+"""Batches of equal logical matrices, each of which a step works on as one tensor."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -29,28 +29,29 @@ class Member:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """To sort by name, layer 2 before layer 10."""
+        """The name as a key for sorting, layer 2 before layer 10."""
         return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", self.name))
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it is worked on in: float32, or float64 for a float64 parameter."""
+        """The dtype that a step works in: float32, or float64 for a float64 parameter."""
         return torch.promote_types(self.param.dtype, torch.float32)
 
 
 @dataclass
 class MatrixBatch:
-    """Logical matrices of one shape, placement and parameter group, worked on in one go.
+    """Logical matrices of one shape, placement and parameter group, worked on as one tensor.
 
     Attributes:
         members: in the same order on every rank of ``tp_group``.
         group: their parameter group.
-        placement: which of them this rank works on, and how they get there.
-        shards: how they are cut; None when they lie whole on this rank.
-        mode: name of the placement, ``local`` when they lie whole on this rank.
-        cache: what the algorithm keeps for this batch from step to step; None before the first.
-        stats: what the last step reported, one entry for each of ``here``; None before the first.
-        norm_basis: from which spectral norms are found again where steps do not find them.
+        placement: which members this rank works on, and how they get here.
+        shards: how the members are cut; None when this rank holds them whole.
+        mode: name of the placement, ``local`` when this rank holds the members whole.
+        cache: what the algorithm keeps for this batch from step to step; None before the first step.
+        stats: what the last step reported, one entry for each of ``here``; None before the first step.
+        norm_basis: block that the power iteration for measured spectral norms starts from; None before the
+            first measurement.
     """
 
     members: list[Member]
@@ -64,7 +65,7 @@ class MatrixBatch:
 
     @property
     def here(self) -> list[Member]:
-        """The members that this rank works on: all but for ``owner``."""
+        """The members that this rank works on: all of them, or with ``owner`` its own."""
         return [self.members[i] for i in self.placement.members]
 
     @property
@@ -74,7 +75,7 @@ class MatrixBatch:
 
     @property
     def shard_view(self) -> ShardView:
-        """Which part of its matrices this rank works on. Columns that are cut are handed out as rows."""
+        """The part of its matrices that this rank works on, which is transposed where columns are cut."""
         all_reduce = self.placement.all_reduce
         if self.shards is None or all_reduce is None:
             return ShardView(self.shape)
@@ -83,20 +84,20 @@ class MatrixBatch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Dtype and device of what is worked on."""
+        """Dtype and device that a step works in and on."""
         return {"dtype": self.members[0].dtype, "device": self.members[0].param.device}
 
     def read(self, stored: Iterable[Tensor]) -> list[Tensor]:
-        """This rank's part of every member, ``(rows, columns)``, from tensors of parameter shape."""
+        """Return this rank's part of every member, ``(rows, columns)``, from tensors of parameter shape."""
         dtype = self.options["dtype"]
         return [m.split.read(t).to(dtype) for m, t in zip(self.members, stored, strict=True)]
 
     def weights(self) -> list[Tensor]:
-        """This rank's part of every weight; it may be a view of the parameter."""
+        """Return this rank's part of every weight; it may be a view of the parameter."""
         return self.read(member.param.detach() for member in self.members)
 
     def gather(self, read: Callable[[list[Member], list[Tensor]], None]) -> tuple[Tensor, Placement]:
-        """A tensor of each member, spread as for a step, for looking at it or changing it between steps.
+        """Bring one tensor of each member to where a step works on it, to read or change it between steps.
 
         Collectives: one all-gather where the members are cut, none where the placement is ``distributed``.
 
@@ -104,8 +105,9 @@ class MatrixBatch:
             read: puts this rank's part of the members' tensors into the places given.
 
         Returns:
-            ``(b, p, q)``, whole or parts, of all members: between steps nothing brings results back from
-            owners. And the placement, whose ``local_shards`` gives this rank's part back.
+            The tensors of all members, ``(b, p, q)``, whole or this rank's part, and the placement, whose
+            ``local_shards`` returns this rank's part of them. A batch of owners is gathered on every rank:
+            between steps nothing would bring results back.
         """
         placement = self.placement
         if self.shards is not None and self.mode == "owner":
@@ -116,7 +118,7 @@ class MatrixBatch:
         return spread, placement
 
     def whole(self, parts: list[Tensor]) -> Tensor:
-        """Whole matrices ``(b, d_out, d_in)`` on every rank, from what ``read`` gives; for looking at.
+        """Return whole matrices ``(b, d_out, d_in)`` on every rank from what ``read`` returns there.
 
         Collectives: one all-gather where the members are cut.
         """

@@ -1,8 +1,8 @@
-"""What is kept of each logical matrix from step to step, described once for the cache and for checkpoints.
+"""The state of each logical matrix between steps, described once for the cache and for checkpoints.
 
 In memory it is a batch's cache, an object with a tensor ``(b, ...)`` for each field. On disk it is one
 dictionary of tensors for each matrix. An optimizer lists its fields in ``MatrixOptimizer.cached_fields``,
-and saving, restoring and the test whether a checkpoint's state fits follow from that list.
+and saving, restoring and the check whether a checkpoint's state fits follow from that list.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 MatrixState = dict[str, Tensor]
-"""What an algorithm keeps of one logical matrix from step to step, by name."""
+"""The tensors that an algorithm keeps for one logical matrix from step to step, by name."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class CachedField:
     default: float | None = None
 
     def find(self, state: MatrixState) -> Tensor | None:
-        """The value in a matrix's state; None where it is missing or has another shape."""
+        """Return the value in a matrix's state; None where it is missing or has another shape."""
         if self.key in state:
             return state[self.key] if state[self.key].shape == self.shape else None
         return None if self.default is None else torch.tensor(self.default)
 
     def placeholder(self) -> Tensor:
-        """A value that fits and means nothing."""
+        """Return a value of the right shape that means nothing."""
         return torch.full(self.shape, 1.0 if self.default is None else self.default)
 
 
@@ -47,12 +47,12 @@ Fields = Sequence[CachedField]
 
 
 def fits(fields: Fields, state: MatrixState | None) -> bool:
-    """Whether a step can go on from a matrix's state without looking for anything anew."""
+    """Return whether a matrix's state has every field, so that nothing needs to be found anew."""
     return all(field.find(state or {}) is not None for field in fields)
 
 
 def save_cache(fields: Fields, cache: Any, num_matrices: int) -> list[MatrixState]:
-    """The state of each matrix of a batch, in tensors of their own on the host."""
+    """Return the state of each matrix of a batch, in tensors of their own on the host."""
     columns = {field.key: torch.as_tensor(getattr(cache, field.attribute)).cpu() for field in fields}
     return [
         {key: (column[i] if column.ndim else column).clone() for key, column in columns.items()}
@@ -61,7 +61,7 @@ def save_cache(fields: Fields, cache: Any, num_matrices: int) -> list[MatrixStat
 
 
 def restore_cache_(fields: Fields, cache: Any, states: Sequence[MatrixState | None]) -> None:
-    """Put into a cache, in place, what the states of its matrices have in the right shape.
+    """Copy into a cache, in place, the values that the states of its matrices have in the right shape.
 
     A field that is one bool becomes False only where every state fits and has it False.
     """

@@ -219,7 +219,7 @@ class SpectralAdamConfig:
 
 
 def _is_c(value: float) -> bool:
-    """Whether squares of the ratio of an update to this ``c`` stay within float32."""
+    """Return whether squares of the ratio of an update to this ``c`` stay within float32."""
     return 1e-6 <= value <= 1e9
 
 

@@ -1,4 +1,4 @@
-"""Parameters as batches of matrices, and what is kept of them from step to step."""
+"""Parameters as batches of matrices, and their state from step to step."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -20,12 +20,12 @@ FindLayout = Callable[[Tensor], ParameterLayout]
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
-    """Groups, batches and state, in and out of checkpoints; ``SpectralOptimizer`` takes the steps."""
+    """Holds groups, batches and state, and saves and loads them; ``SpectralOptimizer`` takes the steps."""
 
     state_names: tuple[str, ...] = ("momentum_buffer",)
-    """What is kept of a parameter in its own shape, in ``state_dtype``."""
+    """Names of the tensors that are kept for a parameter in its own shape, in ``state_dtype``."""
     takes_vectors = False
-    """Whether parameters of fewer dimensions than a matrix are taken, too, which the subclass updates."""
+    """Whether parameters of fewer than two dimensions are accepted, too; the subclass updates them."""
     counts_steps = False
     """Whether the steps taken are counted: ``step`` in each parameter group, as FusedAdam has it, a 0-d
     float32 tensor on the device, or a number until the next step."""
@@ -48,7 +48,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         shared: SpectralConfig,
         find_layout: FindLayout | None,
     ) -> None:
-        """Take what ``SpectralOptimizer`` has completed."""
+        """Store the arguments, which ``SpectralOptimizer`` has completed, and make the parameter groups."""
         if shared.tp_mode == "distributed" and not self.works_on_shards:
             raise ValueError(
                 f"tp_mode='distributed' leaves shards on their ranks, and {type(self).__name__} needs "
@@ -68,7 +68,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             yield from group["params"]
 
     def state_dtype(self, param: Tensor) -> torch.dtype:
-        """What a parameter's state is kept in: float32, or float64 for a float64 parameter."""
+        """Return the dtype of a parameter's state: float32, or float64 for a float64 parameter."""
         return torch.promote_types(param.dtype, torch.float32)
 
     def init_state(self) -> None:
@@ -87,11 +87,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     state[name] = torch.zeros_like(param, dtype=self.state_dtype(param))
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with ``spectral_state`` under ``spectral``."""
+        """Return torch's state dict, with ``spectral_state`` under the key ``spectral``."""
         return super().state_dict() | {"spectral": self.spectral_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load parameters' state, groups and what is kept of each matrix; see ``load_spectral_state``."""
+        """Load the state of parameters, groups and logical matrices; see ``load_spectral_state``."""
         super().load_state_dict(state_dict)
         # torch rounds state to the parameter's dtype: take it from the source.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -102,10 +102,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.load_spectral_state(state_dict.get("spectral", {}))
 
     def spectral_state(self) -> dict[str, MatrixState]:
-        """What is kept of each logical matrix beside its momentum, by its global name, on the host.
+        """Return ``cached_fields`` of each logical matrix that this rank works on, by its global name.
 
-        Of those that this rank works on: with ``owner`` each rank of a tensor-parallel group has others.
-        One transfer from the device a batch.
+        With ``owner`` each rank of a tensor-parallel group works on other matrices. The tensors are on the
+        host, copied from the device batch by batch.
         """
         kept = dict(self._loaded)
         for batch in self._schedule.batches if self._schedule else ():
@@ -116,14 +116,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return kept
 
     def load_spectral_state(self, states: dict[str, MatrixState]) -> None:
-        """Start from what ``spectral_state`` gave; what is missing or does not fit is found anew."""
+        """Go on from what ``spectral_state`` returned; what is missing or does not fit is found anew."""
         self.reset_caches()
         self._loaded = dict(states)
 
     def start_cache[C](self, batch: MatrixBatch, make: Callable[[bool], C]) -> C:
-        """Make the cache of a batch: loaded state as far as it fits, all else as ``make`` gives it.
+        """Make the cache of a batch from loaded state as far as that fits, and from ``make`` otherwise.
 
-        The loaded state is not kept any longer.
+        The loaded state of its matrices is forgotten.
 
         Args:
             batch: it has no cache yet.
@@ -139,7 +139,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return cache
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; batches are made anew.
+        """Add a parameter group, as in torch. The next step makes its batches anew.
 
         Raises:
             ValueError: a parameter that is no matrix, or a setting outside its rule.
@@ -154,11 +154,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._loaded, self._schedule = self.spectral_state(), None
 
     def reset_caches(self) -> None:
-        """Forget what is known of the weights' spectra; call it after editing weights by hand."""
+        """Forget what is known about the weights' spectra; call it after editing weights by hand."""
         self._schedule, self._loaded = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: without batches, hooks and a scheduler's ``step``, which are this one's."""
+        """Return what copy and pickle take: batches, hooks and a scheduler's ``step`` are left out."""
         own = {
             name: value
             for name, value in self.__dict__.items()
@@ -168,12 +168,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     @property
     def batches(self) -> list[MatrixBatch]:
-        """Batches of logical matrices; those of cut ones in the same order on every rank of their group."""
+        """Batches of logical matrices; those of cut ones have the same order on every rank of a group."""
         return self.schedule.batches
 
     @property
     def schedule(self) -> Schedule:
-        """What a step does, in its order."""
+        """The batches and exchanges of a step, in their order."""
         # Made late: Megatron puts fp32 master weights into the groups after construction.
         if self._schedule is None:
             self._schedule = make_schedule(self.param_groups, self._layout, self.shared, self)
@@ -190,22 +190,22 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return ParameterLayout(f"param_groups[{index}].params[{position}]", (whole(param.shape),))
 
     def cached_fields(self, shape: tuple[int, int]) -> tuple[CachedField, ...]:
-        """What is kept of a matrix of a global shape beside its parameter's state; by default nothing.
+        """Return what is kept for a matrix of this global shape beside its parameter's state; here nothing.
 
         An optimizer with fields calls ``start_cache`` for a batch whose ``cache`` is None.
         """
         return ()
 
     def fits(self, batch: MatrixBatch, state: MatrixState) -> bool:
-        """Whether a step on a matrix of the batch can go on from this state, whatever layout saved it."""
+        """Return whether a step on a matrix of the batch can go on from a state that any layout saved."""
         return fits(self.cached_fields(batch.shape), state)
 
     def warm_state(self, shape: tuple[int, int]) -> MatrixState:
-        """A state that fits and whose values mean nothing, for counting what a later step does."""
+        """Return a state that fits and whose values mean nothing, to count what a later step does."""
         return {field.key: field.placeholder() for field in self.cached_fields(shape)}
 
     def polar_work(self) -> PolarWork:
-        """What a step on one matrix does, for the cost model that chooses placements.
+        """Return how often a step on one matrix iterates, for the cost model that chooses placements.
 
         By default one Newton-Schulz iteration of ``config.msign_steps`` steps, none without that setting.
         """
@@ -213,14 +213,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return PolarWork(min(1, num_steps), num_steps)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Bytes that ``update_batch_`` takes for one whole matrix, with its W and N.
+        """Return the bytes that ``update_batch_`` takes for one whole matrix, its W and N included.
 
         By default ``workspace_copies`` of the matrix.
         """
         return self.workspace_copies * shape[0] * shape[1] * dtype.itemsize
 
     def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
-        """Bytes that ``update_batch_`` takes for the largest shard of a matrix, with its W and N.
+        """Return the bytes that ``update_batch_`` takes for a matrix's largest shard, its W and N included.
 
         By default ``workspace_copies`` of the shard, or of a square of the side that is not cut if that is
         larger, in float64: Gram matrices of that side are what is summed over ranks.
@@ -229,9 +229,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return self.workspace_copies * max(max(cut.lengths) * side, side**2) * torch.float64.itemsize
 
     def thin_sums(self, cut: Cut) -> tuple[int, ...] | None:
-        """Bytes of a matrix in each all-reduce of a step where products with it are thin, else None.
+        """Return the bytes of each all-reduce of a step on one matrix, if its products are thin, else None.
 
-        Cut matrices of such an algorithm stay where they are, unless ``tp_mode`` asks for another way.
+        Thin products are those with a block of few columns. Shards of such an algorithm stay on their
+        ranks, unless ``tp_mode`` names another placement.
         """
         return None
 

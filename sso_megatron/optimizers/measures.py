@@ -17,22 +17,22 @@ _CHUNK = 1 << 24
 
 
 class StepMeasures:
-    """Collects while a step is taken; nothing is copied to the host, and nothing is communicated.
+    """Collects numbers while a step is taken, without copies to the host and without communication.
 
     Attributes:
-        parts: of each logical matrix of which this rank holds rows or columns, by name: ``(2,)`` float32,
-            ``||W||_F^2`` before the step and ``||W' - W||_F^2``, both of this rank's part.
-        whole: of each logical matrix that this rank works on, by name: ``SpectralOptimizer.columns`` in
+        parts: by name, for each logical matrix of which this rank holds rows or columns, ``(2,)`` float32:
+            ``||W||_F^2`` before the step and ``||W' - W||_F^2``, both for this rank's part.
+        whole: by name, for each logical matrix that this rank works on, ``SpectralOptimizer.columns`` in
             one float32 vector.
     """
 
     def __init__(self) -> None:
-        """Start with nothing; a step that is not taken leaves nothing."""
+        """Start empty; a step that is not taken leaves it empty."""
         self.parts: dict[str, Tensor] = {}
         self.whole: dict[str, Tensor] = {}
 
     def add_parts(self, members: list[Member], new: list[Tensor]) -> None:
-        """Take this rank's part of some matrices before they are written.
+        """Measure this rank's part of some matrices before they are written.
 
         Args:
             members: whose parameters still hold the weights before the step.
@@ -46,14 +46,14 @@ class StepMeasures:
             self.parts |= zip((m.name for m in members[chunk]), squares.unbind(), strict=True)
 
     def add_whole(self, batch: MatrixBatch, columns: list[Tensor]) -> None:
-        """Take ``(b,)`` numbers of ``batch.here``."""
+        """Store columns of ``(b,)`` numbers, one number for each of ``batch.here``."""
         rows = torch.stack([column.float() for column in columns], dim=1)
         self.whole |= zip((member.name for member in batch.here), rows.unbind(), strict=True)
 
 
 @float32_products("ieee")
 def spectral_norms(batch: MatrixBatch, W: Tensor) -> Tensor:
-    """``(b,)`` spectral norms of weights before a step that does not find them itself.
+    """Return the ``(b,)`` spectral norms of weights, before a step that does not find them itself.
 
     Collectives: where the rows of ``W`` ``(b, p, q)`` are cut, one sum of ``(b, q, q)`` numbers.
     """
@@ -67,7 +67,7 @@ def spectral_norms(batch: MatrixBatch, W: Tensor) -> Tensor:
 
 
 def _chunks(tensors: list[Tensor]) -> Iterator[slice]:
-    """Runs of tensors of at most ``_CHUNK`` elements together, or of one."""
+    """Yield runs of tensors that have at most ``_CHUNK`` elements together, or of a single tensor."""
     start = size = 0
     for index, tensor in enumerate(tensors):
         if index > start and size + tensor.numel() > _CHUNK:

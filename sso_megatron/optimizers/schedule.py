@@ -25,21 +25,25 @@ Order = tuple[int, tuple[Any, ...]]
 
 
 class Needs(Protocol):
-    """What an algorithm's step takes; see ``MatrixOptimizer``."""
+    """What a schedule needs to know about an algorithm's step; see ``MatrixOptimizer``.
+
+    Attributes:
+        works_on_shards: whether the step takes rows of cut matrices.
+    """
 
     works_on_shards: bool
 
     def polar_work(self) -> PolarWork:
-        """Newton-Schulz iterations."""
+        """Return the Newton-Schulz iterations of a step on one matrix."""
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Bytes for a whole matrix."""
+        """Return the temporary bytes of a step on a whole matrix."""
 
     def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
-        """Bytes for the largest shard of a matrix."""
+        """Return the temporary bytes of a step on the largest shard of a matrix."""
 
     def thin_sums(self, cut: Cut) -> tuple[int, ...] | None:
-        """Bytes of a matrix in each all-reduce where products with it are thin, else None."""
+        """Return the bytes of a matrix in each all-reduce where products with it are thin, else None."""
 
 
 @dataclass
@@ -47,8 +51,8 @@ class ExchangedBatches:
     """Batches whose matrices are brought to their owners, over all shapes and parameter groups.
 
     Attributes:
-        exchange: brings them.
-        members: by their places in the exchange's plan.
+        exchange: brings the matrices.
+        members: the matrices, by their places in the exchange's plan.
         rounds: batches of each round, each with the places of its ``here``.
     """
 
@@ -62,13 +66,13 @@ Unit = MatrixBatch | ExchangedBatches
 
 @dataclass
 class Schedule:
-    """What a step does.
+    """The batches of an optimizer and the order in which a step works on them.
 
     Attributes:
-        batches: all of them; those of cut matrices in the same order on every rank of their group.
-        units: in the order in which a step takes them.
-        meanwhile: for each time that the exchanges among ``units`` send, in their order, the batches that
-            are worked on until that has arrived. They need no communication.
+        batches: all batches; those of cut matrices are in the same order on every rank of their group.
+        units: batches and exchanges in the order in which a step takes them.
+        meanwhile: one list for each time that the exchanges among ``units`` send, in their order. It has
+            the batches that are worked on until the data has arrived; they need no communication.
     """
 
     batches: list[MatrixBatch]
@@ -82,13 +86,13 @@ def make_schedule(
     shared: SpectralConfig,
     needs: Needs,
 ) -> Schedule:
-    """Batch and order all logical matrices of the groups.
+    """Sort all logical matrices of the groups into batches, and order the batches.
 
     Args:
         groups: parameter groups of the optimizer.
-        find_layout: layout of the parameter at a place in a group.
+        find_layout: returns the layout of the parameter at a place in a group.
         shared: placement and workspace.
-        needs: of the algorithm.
+        needs: what the algorithm needs.
     """
     local: dict[tuple[Any, ...], list[Member]] = {}
     cut: dict[tuple[Any, ...], list[tuple[int, Member]]] = {}
@@ -144,11 +148,11 @@ def _batches_of(unit: Unit) -> list[MatrixBatch]:
 
 
 def block_of(split: Split, rank: int, tp_size: int) -> Split:
-    """A rank's shard of a cut matrix as a matrix of its own.
+    """Return a rank's shard of a cut matrix as a matrix of its own.
 
     Args:
-        split: as that rank sees it.
-        rank: its place in the tensor-parallel group.
+        split: the cut matrix as that rank sees it.
+        rank: the rank's place in the tensor-parallel group.
         tp_size: ranks of the group.
     """
     rows = sum(stop - start for start, stop in split.rows)
@@ -160,7 +164,14 @@ def block_of(split: Split, rank: int, tp_size: int) -> Split:
 def _cut_units(
     numbered: list[tuple[int, Member]], groups: list[dict[str, Any]], shared: SpectralConfig, needs: Needs
 ) -> Iterator[tuple[Order, Unit]]:
-    """Units of one tensor-parallel group, dtype and device; ``numbered`` says the parameter group, too."""
+    """Yield the units of one tensor-parallel group, dtype and device.
+
+    Args:
+        numbered: the matrices, in order, each with the index of its parameter group.
+        groups: parameter groups.
+        shared: placement and workspace.
+        needs: what the algorithm needs.
+    """
     members = [member for _, member in numbered]
     dtype, tp_group = members[0].dtype, members[0].layout.tp_group
     cuts = [cut_of(member.split, group_size(tp_group)) for member in members]
@@ -191,7 +202,7 @@ def _cut_units(
 
 
 def cut_of(split: Split, tp_size: int) -> Cut:
-    """How a matrix is cut whose ``partition_dim`` is not None."""
+    """Return how a matrix is cut whose ``partition_dim`` is not None."""
     assert split.partition_dim is not None
     if split.shard_rows is None:
         return even_cut(split.shape, split.partition_dim, tp_size)
@@ -201,7 +212,7 @@ def cut_of(split: Split, tp_size: int) -> Cut:
 def _plan(
     groups: Sequence[int], cuts: Sequence[Cut], dtype: torch.dtype, shared: SpectralConfig, needs: Needs
 ) -> GroupPlan:
-    """For matrices in order; ``groups`` has the parameter group of each."""
+    """Plan a step on matrices in order; ``groups`` has the index of each one's parameter group."""
     matrices = [
         CutMatrix(
             cut,
@@ -227,26 +238,26 @@ def _plan(
 def step_traffic(
     cuts: Sequence[Cut], shared: SpectralConfig, needs: Needs, dtype: torch.dtype = torch.float32
 ) -> Traffic:
-    """What a warm step moves over a tensor-parallel group, counted without one.
+    """Return what a warm step moves over a tensor-parallel group, counted without that group.
 
     Args:
-        cuts: of the matrices that the group cuts, by name, of one parameter group.
+        cuts: how the matrices of one parameter group are cut, sorted by their names.
         shared: placement and workspace.
-        needs: of the algorithm.
-        dtype: that the step works in.
+        needs: what the algorithm needs.
+        dtype: dtype that the step works in.
     """
     return _plan([0] * len(cuts), cuts, dtype, shared, needs).traffic()
 
 
 def _owned(places: list[int], plan: ExchangePlan, rank: int) -> range:
-    """Where a rank's matrices stand in a batch; owners stand in it one after the other."""
+    """Return the range of a rank's matrices in a batch, which is sorted by owner."""
     owners = [plan.owners[i] for i in places]
     first = sum(owner < rank for owner in owners)
     return range(first, first + owners.count(rank))
 
 
 def _spread(batches: list[MatrixBatch], num_waits: int, work: PolarWork) -> list[list[MatrixBatch]]:
-    """About equal work for each wait."""
+    """Divide batches among the waits so that each has about equal work."""
     waits: list[list[MatrixBatch]] = [[] for _ in range(num_waits)]
     costs = [len(batch.members) * work.flops(batch.shape) for batch in batches]
     done, total = 0.0, sum(costs) or 1.0

@@ -27,12 +27,12 @@ DECAY = Rule("lie in [0, 1)", lambda value: 0 <= value < 1)
 
 
 def at_least(least: int) -> Rule:
-    """The rule that a value must not be less."""
+    """Return the rule that a value must not be less than ``least``."""
     return Rule(f"be at least {least}", lambda value: value >= least)
 
 
 def setting(default: Any, help: str, source: str = "", rule: Rule | None = None) -> Any:
-    """A dataclass field with its rule, and what its flag's help and the documentation say about it."""
+    """Return a dataclass field with its rule, and its text for the flag's help and the documentation."""
     return field(default=default, metadata={"help": help, "source": source, "rule": rule})
 
 
@@ -45,18 +45,18 @@ def require(config: Any, name: str, ok: bool, rule: str) -> None:
 
 
 def default_of(config_type: type, name: str) -> Any:
-    """The default of one field of a configuration dataclass."""
+    """Return the default of one field of a configuration dataclass."""
     return next(f.default for f in dataclasses.fields(config_type) if f.name == name)
 
 
 def choices_of(config_type: type, name: str) -> tuple[Any, ...]:
-    """The values that a ``Literal`` field may take; empty for another field."""
+    """Return the values that a ``Literal`` field may take; none for another field."""
     hint = typing.get_type_hints(config_type)[name]
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
 def check_fields(config: Any) -> None:
-    """``require`` that fields are of their types, and keep their choices and rules."""
+    """Raise ValueError unless every field has its type and keeps its choices and rule; see ``require``."""
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value, hint, rule = getattr(config, f.name), hints[f.name], f.metadata["rule"]
@@ -74,7 +74,7 @@ def check_fields(config: Any) -> None:
 
 
 def one_config[C](config_type: type[C], config: C | None, settings: dict[str, Any]) -> C:
-    """The configuration given as an object, or made from settings by name.
+    """Return the configuration that was given as an object, or make it from settings by name.
 
     Raises:
         TypeError: both were given, or a setting does not exist.

@@ -20,10 +20,10 @@ from sso_megatron.updates.spectra import SpectraCache, SpectraRule, spectra_step
 class Spectra(SpectralOptimizer):
     """Spectra: the momentum with its largest singular values, the spike, brought down to the others' RMS.
 
-    For every 2-D parameter, or every logical matrix of it, where ``find_layout`` names them. State is the
-    momentum and the spike's right singular vectors: half of AdamW's, or a quarter with a bf16 momentum.
+    Every 2-D parameter is one matrix, or several logical matrices where ``find_layout`` names them. State
+    is the momentum and the spike's right singular vectors: half of AdamW's, or with bf16 a quarter.
 
-    Collectives: see ``SpectralOptimizer``. Host synchronisations: of the first step alone.
+    Collectives: see ``SpectralOptimizer``. Only the first step synchronises with the host.
 
     Example:
         >>> matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -56,17 +56,17 @@ class Spectra(SpectralOptimizer):
         self._rule = SpectraRule(c.power_iterations, c.update_rms, c.eps)
 
     def state_dtype(self, param: Tensor) -> torch.dtype:
-        """bfloat16 with ``momentum_dtype="bf16"``; else float32, or float64 for a float64 parameter."""
+        """Return bfloat16 with ``momentum_dtype="bf16"``, else float32, or float64 for such parameters."""
         if self.config.momentum_dtype == "bf16":
             return torch.bfloat16
         return super().state_dtype(param)
 
     def take_gradient_(self, param: Tensor, gradient: Tensor) -> None:
-        """``M <- mu M + G``."""
+        """Update the momentum: ``M <- mu M + G``."""
         update_heavy_ball_(self.state[param]["momentum_buffer"], gradient, self._momentum)
 
     def read_directions(self, members: list[Member], places: list[Tensor]) -> None:
-        """``M``, or ``G + mu M`` with Nesterov."""
+        """Copy ``M`` into the places given, or ``G + mu M`` with Nesterov."""
         if not self._nesterov:
             super().read_directions(members, places)
             return
@@ -84,14 +84,14 @@ class Spectra(SpectralOptimizer):
         batch.stats = spectra_step_(W, N, batch.cache, lr=lr, rule=self._rule, view=view)
 
     def measured(self, batch: MatrixBatch) -> dict[str, Tensor]:
-        """``spike_share``: the part of ``||M||_F^2`` that the spike made up, as far as it was found."""
+        """Return ``spike_share``, the part of ``||M||_F^2`` that is the spike's, as far as it was found."""
         spike = batch.stats.spike.square().sum(dim=-1)
         num_others = min(batch.shape) - batch.stats.spike.size(-1)
         tail = batch.stats.tail_rms.square() * num_others
         return {"spike_share": spike / (spike + tail).clamp_min(torch.finfo(spike.dtype).tiny)}
 
     def _new_cache(self, batch: MatrixBatch, M: Tensor, is_known: bool) -> SpectraCache:
-        """A cache whose block is found from the first momentum, unless that will be loaded."""
+        """Make a cache whose block is found from the first momentum, unless the block will be loaded."""
         rank = self._rank(batch.shape)
         if is_known:
             return SpectraCache(M.new_empty(len(M), batch.shape[1], rank))
@@ -101,19 +101,19 @@ class Spectra(SpectralOptimizer):
         return spike_rank(shape, self.config.rank_ratio)
 
     def cached_fields(self, shape: tuple[int, int]) -> tuple[CachedField, ...]:
-        """The spike's right singular vectors."""
+        """Return the one field, the spike's right singular vectors."""
         return (CachedField("spike_vectors", "V", (shape[1], self._rank(shape))),)
 
     def thin_sums(self, cut: Cut) -> tuple[int, ...]:
-        """The block's: the momentum never travels."""
+        """Return the bytes of the block in each all-reduce; the momentum is never communicated."""
         return thin_summed_bytes(cut.shape, cut.dim, self._rank(cut.shape), self._rule.num_iterations)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Weight, momentum and a copy of it for its norm; or thin blocks in float64 instead of the copy."""
+        """Count weight, momentum and its copy for the norm, or float64 thin blocks instead of the copy."""
         return self._workspace(shape, shape, dtype)
 
     def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
-        """As of a whole matrix of the shard's size, but for the thin block of all columns."""
+        """Count what a whole matrix of the shard's size takes, but the thin block of all columns."""
         return self._workspace(cut.largest_shape, cut.shape, dtype)
 
     def _workspace(self, held: tuple[int, int], whole: tuple[int, int], dtype: torch.dtype) -> int:

@@ -19,10 +19,10 @@ from sso_megatron.updates.spectral_adam import SpectralAdamCache, SpectralAdamRu
 class SpectralAdam(SpectralOptimizer):
     """AdamW whose gradient is divided by its spectral norm where its norm jumps, and every so many steps.
 
-    For every 2-D parameter, or every logical matrix of it, where ``find_layout`` names them. State is
-    AdamW's, and a vector and a number for each matrix.
+    Every 2-D parameter is one matrix, or several logical matrices where ``find_layout`` names them. State
+    is AdamW's, and a vector and a number for each matrix.
 
-    Collectives: see ``SpectralOptimizer``. Host synchronisations: of the first step alone.
+    Collectives: see ``SpectralOptimizer``. Only the first step synchronises with the host.
 
     Example:
         >>> matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -58,10 +58,10 @@ class SpectralAdam(SpectralOptimizer):
         self._rule = SpectralAdamRule(c.high_threshold, c.low_threshold, c.period, c.beta1, c.beta2, c.eps)
 
     def take_gradient_(self, param: Tensor, gradient: Tensor) -> None:
-        """Nothing yet: the averages need the gradient's spectral norm first."""
+        """Do nothing yet: the averages need the gradient's spectral norm first."""
 
     def read_directions(self, members: list[Member], places: list[Tensor]) -> None:
-        """The gradient."""
+        """Copy the gradient into the places given."""
         self.read_gradients(members, places)
 
     def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
@@ -98,30 +98,30 @@ class SpectralAdam(SpectralOptimizer):
                     member.split.write_(self.state[member.param][name], value)
 
     def _new_cache(self, batch: MatrixBatch, G: Tensor, is_known: bool) -> SpectralAdamCache:
-        """A cache whose vector is found from the first gradient, unless it will be loaded."""
+        """Make a cache whose vector is found from the first gradient, unless the vector will be loaded."""
         v = G.new_empty(len(G), batch.shape[1], 1) if is_known else find_block(G, 1, batch.shard_view)
         # The first step of all divides; a norm that is lost later, NaN, is no jump.
         unknown = 0.0 if batch.group["step"] == 1 else torch.nan
         return SpectralAdamCache(v, torch.full((len(G),), unknown, dtype=torch.float64, device=G.device))
 
     def cached_fields(self, shape: tuple[int, int]) -> tuple[CachedField, ...]:
-        """The gradient's right singular vector and the last gradient's norm."""
+        """Return two fields: the gradient's right singular vector and the last gradient's norm."""
         return CachedField("gradient_vector", "v", (shape[1], 1)), CachedField("gradient_norm", "norm")
 
     def measured(self, batch: MatrixBatch) -> dict[str, Tensor]:
-        """``divided``: whether the gradient was divided by its spectral norm."""
+        """Return ``divided``, whether the gradient was divided by its spectral norm."""
         return {"divided": batch.stats.divided}
 
     def thin_sums(self, cut: Cut) -> tuple[int, ...]:
-        """A vector's: gradients never travel."""
+        """Return the bytes of one vector in each all-reduce; gradients are never communicated."""
         return thin_summed_bytes(cut.shape, cut.dim, 1)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Weight, gradient and a copy of it for its norm, both averages, and vectors."""
+        """Count weight, gradient and its copy for the norm, both averages, and vectors."""
         return self._workspace(shape, shape, dtype)
 
     def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
-        """As of a whole matrix of the shard's size, but for the vectors of all columns."""
+        """Count what a whole matrix of the shard's size takes, but vectors of all columns."""
         return self._workspace(cut.largest_shape, cut.shape, dtype)
 
     def _workspace(self, held: tuple[int, int], whole: tuple[int, int], dtype: torch.dtype) -> int:

@@ -22,11 +22,11 @@ from sso_megatron.updates.spectral_clip import ClipSchedule, clip_vectors_, clip
 
 @dataclass(frozen=True)
 class _Step:
-    """What a step on one parameter group goes by.
+    """The numbers of a step on one parameter group.
 
     Attributes:
-        numbers: of the base.
-        c: of the clipping.
+        numbers: the base's numbers, such as its bias corrections.
+        c: threshold of the clipping.
     """
 
     numbers: Numbers
@@ -79,7 +79,8 @@ class SpectralClip(SpectralOptimizer):
                 ``SpectralOptimizer``. ``find_layout`` gives a vector's layout as one column.
 
         Raises:
-            ValueError: also a warmup of ``c`` to a learning rate that is not known.
+            ValueError: a setting outside its rule, a parameter of more dimensions, or a warmup of ``c``
+                to a learning rate that is not known.
         """
         self._peaks: list[float] = []
         self._steps: dict[Tensor, _Step] = {}
@@ -93,7 +94,7 @@ class SpectralClip(SpectralOptimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As ``SpectralOptimizer``'s; its learning rate's peak is found here, and not in a checkpoint."""
+        """Add a parameter group and note its learning rate's peak, which no checkpoint has."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         peak = float(self.config.lr_peak or group.get("max_lr") or group["lr"])
@@ -106,10 +107,10 @@ class SpectralClip(SpectralOptimizer):
         self._peaks.append(peak)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``SpectralOptimizer``'s.
+        """Load the state of parameters, groups and the count of steps.
 
         Raises:
-            ValueError: the state of another base.
+            ValueError: the state is that of another base.
         """
         for kept in state_dict["state"].values():
             if kept and not set(self.state_names) <= kept.keys():
@@ -125,7 +126,7 @@ class SpectralClip(SpectralOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One optimizer step; see the class for the collectives.
+        """Take one optimizer step; the class lists its collectives.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -137,7 +138,7 @@ class SpectralClip(SpectralOptimizer):
         return loss
 
     def begin_step(self) -> None:
-        """Count the step, and reckon what each group's step goes by."""
+        """Count the step, and compute the numbers of each group's step."""
         super().begin_step()
         for group in self.param_groups:
             count = group["step"].double()
@@ -145,7 +146,7 @@ class SpectralClip(SpectralOptimizer):
             self._steps.update(dict.fromkeys(group["params"], step))
 
     def take_gradient_(self, param: Tensor, gradient: Tensor) -> None:
-        """Take a parameter's gradient into the base's state."""
+        """Update the base's state with a parameter's gradient."""
         gradient = gradient.to(self.state_dtype(param))
         self._base.update_(self._states([param]), [gradient], self._steps[param].numbers)
 
@@ -156,7 +157,7 @@ class SpectralClip(SpectralOptimizer):
         return {name: [self.state[param][name] for param in params] for name in self.state_names}
 
     def read_directions(self, members: list[Member], places: list[Tensor]) -> None:
-        """Put this rank's part of the base's directions into the places given."""
+        """Copy this rank's part of the base's directions into the places given."""
         # An exchange brings matrices of several parameter groups at once.
         for step in {id(step): step for step in (self._steps[m.param] for m in members)}.values():
             mine = [i for i, member in enumerate(members) if self._steps[member.param] is step]
@@ -167,7 +168,7 @@ class SpectralClip(SpectralOptimizer):
             self._base.direction_(U, states, step.numbers)
 
     def _cut(self, vector: Tensor) -> tuple[str, Any]:
-        """Name of a vector, and the group that it is cut over or None."""
+        """Return the name of a vector, and the group that it is cut over or None."""
         if self._find_layout is None:
             return "", None
         layout = self._find_layout(vector)
@@ -211,18 +212,18 @@ class SpectralClip(SpectralOptimizer):
         )
 
     def measured(self, batch: MatrixBatch) -> dict[str, Tensor]:
-        """``clipped_share``: the part of ``||U||_F^2`` that clipping took away."""
+        """Return ``clipped_share``, the part of ``||U||_F^2`` that clipping removed."""
         return {"clipped_share": batch.stats}
 
     @torch.no_grad()
     def pre_clip_(self) -> None:
-        """Clip the gradients of all matrices at ``pre_clip_c`` in place; nothing where that is 0.
+        """Clip the gradients of all matrices at ``pre_clip_c`` in place, unless ``pre_clip_c`` is 0.
 
         To be called after the backward pass, before the global norm is taken. During the warmup the
         threshold is raised as ``c`` is, as in the published code. Every rank of a tensor-parallel group
         must call it.
 
-        Collectives: of each batch that is cut one all-gather, or one all-reduce where the placement is
+        Collectives: for each batch that is cut one all-gather, or one all-reduce where the placement is
         ``distributed``.
         """
         if not self.config.pre_clip_c:
@@ -240,11 +241,11 @@ class SpectralClip(SpectralOptimizer):
                     member.split.write_(member.param.grad, value)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Weight, direction and two iterates, and squares of the short side."""
+        """Count weight, direction and two iterates, and squares of the short side."""
         return (4 * shape[0] * shape[1] + 6 * min(shape) ** 2) * dtype.itemsize
 
     def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
-        """The same, but for weight and direction in float64."""
+        """Count shards of weight and direction, and in float64 two more and squares of the whole side."""
         rows, columns = max(cut.lengths), cut.shape[1 - cut.dim]
         in_double = 2 * rows * columns + 6 * columns**2
         return 2 * rows * columns * dtype.itemsize + in_double * torch.float64.itemsize

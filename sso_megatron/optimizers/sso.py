@@ -34,10 +34,10 @@ _BISECTION_TRIALS = 7
 
 @dataclass
 class _Cache(SpectralCache):
-    """What the step keeps, and what its radii were made with.
+    """The step's cache, and the setting that its radii were made with.
 
     Attributes:
-        radius_scaler: ``(b,)`` float64 on the host: the setting that is in ``radius``.
+        radius_scaler: ``(b,)`` float64 on the host, the ``radius_scaler`` that is a factor of ``radius``.
     """
 
     radius_scaler: Tensor = field(kw_only=True)
@@ -106,14 +106,14 @@ class SSO(SpectralOptimizer):
 
     @property
     def own_columns(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Of the sphere and of the search for lambda; see ``measured``."""
+        """Names of the numbers about the sphere and the search for lambda; see ``measured``."""
         bounded = ("relative_step",) if self._rule.hard_retraction else ()
         search = ("lam", "num_trials", "converged") if self._search else ()
         ranked = () if self._search == "bisection" else ("nuclear_rank",)
         return ("radius", "radius_error", *bounded, "residual", *search, *ranked)
 
     def measured(self, batch: MatrixBatch) -> dict[str, Tensor]:
-        """What the step saw of each matrix.
+        """Return what the step found out about each matrix.
 
         ``radius_error``: ``||W||_2 / R - 1`` before the step; ``relative_step``: ``lr scale / R``, by which
         one step changes that at most; ``nuclear_rank``: ``||Z||_*^2 / ||Z||_F^2`` of what ``msign`` was
@@ -129,10 +129,11 @@ class SSO(SpectralOptimizer):
         return known | {name: getattr(stats, name) for name in names}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As ``SpectralOptimizer``'s.
+        """Add a parameter group. The next step makes its batches anew.
 
         Raises:
-            ValueError: also where matrices may move to ranks that do not know their radii.
+            ValueError: a parameter that is no matrix, a setting outside its rule, or matrices that may
+                move to ranks that do not know their radii.
         """
         batches = self._schedule.batches if self._schedule else []
         if self.config.radius_mode == "from_weights" and any(b.mode == "owner" for b in batches):
@@ -149,13 +150,13 @@ class SSO(SpectralOptimizer):
         return self._rule.solver if self._rule.tangent == "solve" else None
 
     def polar_work(self) -> PolarWork:
-        """Newton-Schulz iterations of a warm step; bisection is taken at its published mean."""
+        """Return the Newton-Schulz iterations of a warm step, for bisection the published mean."""
         num_trials = _BISECTION_TRIALS if self._search == "bisection" else 1
         num_measures = self._rule.num_trials - 1 if self._search == "tracking" else 0
         return PolarWork(num_trials, len(self._rule.coefficients), num_measures)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Weight, shifted momentum and two iterates, and squares of the short side."""
+        """Count weight, shifted momentum and two iterates, and squares of the short side."""
         numel, short, long = shape[0] * shape[1], min(shape), max(shape)
         # Bisection keeps the best trial of each matrix, and copies those that go on; tracking has the Gram
         # matrix that all trials but the last work on.
@@ -167,7 +168,7 @@ class SSO(SpectralOptimizer):
         return max(retracting, iterating + 32 * long) * dtype.itemsize
 
     def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
-        """The same, and in float64 the rows of the momentum and products of the uncut side."""
+        """Count shards of weight and momentum, and in float64 three more and squares of the whole side."""
         rows, columns = max(cut.lengths), cut.shape[1 - cut.dim]
         squares = 11 if self._search == "bisection" else 9
         in_double = 3 * rows * columns + squares * columns**2
@@ -226,7 +227,7 @@ class SSO(SpectralOptimizer):
             )
 
     def cached_fields(self, shape: tuple[int, int]) -> tuple[CachedField, ...]:
-        """Singular vectors of the short side, and the search's state; with ``from_weights`` the radius."""
+        """Return singular vectors, the search's state and, with ``from_weights``, radius and factor."""
         side, height = ("right_vectors" if shape[0] >= shape[1] else "left_vectors"), min(shape)
         fields = (
             CachedField(side, "basis", (height, min(self.config.power_block, height))),
@@ -242,10 +243,10 @@ class SSO(SpectralOptimizer):
 
     @torch.no_grad()
     def retracted(self) -> Iterator[tuple[str, Tensor, float]]:
-        """Name, whole weight on the sphere and radius of every logical matrix, leaving weights alone.
+        """Yield name, whole weight on the sphere and radius of every logical matrix; weights do not change.
 
-        This is what a step's retraction would give now, by the same code, on a copy. Every rank of a
-        tensor-parallel group must run through it.
+        The weight is a copy, retracted by the code of a step. Every rank of a tensor-parallel group must
+        run through the whole iterator.
 
         Collectives: those of each batch's placement, ``broadcast_values`` included, and one all-gather for
         each batch that is cut.

@@ -1,1 +1,1 @@
-"""How batches of logical matrices are spread over process groups; knows no algorithm."""
+"""How batches of logical matrices are spread over process groups, for any algorithm."""

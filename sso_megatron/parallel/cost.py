@@ -19,9 +19,9 @@ class PolarWork:
     """How often a step runs the Newton-Schulz iteration.
 
     Attributes:
-        num_trials: times for each matrix.
-        num_steps: Newton-Schulz steps each time.
-        num_measures: times that its Gram matrix alone is iterated (``linalg.polar_line.GramLine``).
+        num_trials: iterations for each matrix.
+        num_steps: Newton-Schulz steps of each iteration.
+        num_measures: iterations of its Gram matrix alone (``linalg.polar_line.GramLine``).
     """
 
     num_trials: int
@@ -29,7 +29,7 @@ class PolarWork:
     num_measures: int = 0
 
     def flops(self, shape: tuple[int, int]) -> float:
-        """For one whole matrix, in the form that ``linalg.polar.msign`` takes for its shape."""
+        """Return the flops for one whole matrix, in the form of ``linalg.polar.msign`` for its shape."""
         short, long = sorted(shape)
         if is_long(shape) and self.num_steps > 1:
             # Two Gram matrices and two products with it; six products of the short side's size a step for
@@ -41,11 +41,12 @@ class PolarWork:
         return self.num_trials * one + gram + self._measured(short)
 
     def gram_flops(self, shape: tuple[int, int], partition_dim: int, tp_size: int) -> float:
-        """For one matrix in Gram form on shards: ``parallel.placement.Distributed``.
+        """Return the flops of one rank for a matrix whose shards stay (``parallel.placement.Distributed``).
 
-        Gram matrices of weight and momentum and one product of the momentum with the polynomial, and
-        four products of the uncut side's size in each step of a trial. Nearly all of it is in
-        float64, which the tensor cores of A100 and H100 do as fast as float32; other devices do not.
+        Counted are the Gram matrices of weight and momentum, one product of the momentum with the
+        polynomial, and four products of the uncut side's size in each step of a trial. Nearly all of them
+        are in float64, in which the tensor cores of A100 and H100 are as fast as in float32; other devices
+        are not.
         """
         cut, side = shape[partition_dim] / tp_size, shape[1 - partition_dim]
         trials = self.num_trials * self.num_steps * 8.0 * side**3
@@ -56,9 +57,9 @@ class PolarWork:
 
 
 def summed_bytes(side: int) -> tuple[int, ...]:
-    """Bytes of one matrix in each all-reduce of a step of ``parallel.placement.Distributed``.
+    """Return the bytes of one matrix in each all-reduce of a step of ``parallel.placement.Distributed``.
 
-    The Gram matrices of weight and momentum, half of each; then two vectors.
+    The first all-reduce has the Gram matrices of weight and momentum, half of each; the second has vectors.
 
     Args:
         side: length of the side that is not cut.
@@ -69,13 +70,15 @@ def summed_bytes(side: int) -> tuple[int, ...]:
 def thin_summed_bytes(
     shape: tuple[int, int], partition_dim: int, width: int, num_passes: int = 1
 ) -> tuple[int, ...]:
-    """The same for an algorithm whose products are thin (``linalg.block_iteration.iterate_block``).
+    """Return the bytes of one matrix in each all-reduce of an algorithm whose products are thin.
+
+    Its sums are those of ``linalg.block_iteration.iterate_block``, and one number.
 
     Args:
         shape: global ``(d_out, d_in)``.
         partition_dim: dimension that is cut.
         width: columns of the block.
-        num_passes: of the power iteration.
+        num_passes: passes of the power iteration.
     """
     m, n = shape
     if partition_dim:
@@ -86,7 +89,7 @@ def thin_summed_bytes(
 
 
 def all_reduced(num_bytes: float, tp_size: int) -> float:
-    """Bytes that each rank receives in an all-reduce of ``num_bytes``: a ring's, which no other beats."""
+    """Return the bytes that each rank receives in an all-reduce of ``num_bytes``, by a ring: the fewest."""
     return 2 * num_bytes * (tp_size - 1) / tp_size
 
 
@@ -99,11 +102,11 @@ def mode_costs(
     work: PolarWork,
     flops_per_byte: float,
 ) -> dict[str, float]:
-    """Cost of a step on equal cut matrices by mode, in flops of the rank that has most to do.
+    """Return the cost of a step on equal cut matrices by mode, in flops of the busiest rank.
 
-    Bytes that a rank receives: ``duplicated`` gathers weight and momentum; ``owner`` receives the
-    other shards of its own matrices, and its own shards of the others' updated weights;
-    ``distributed`` all-reduces what ``summed_bytes`` says.
+    The bytes that a rank receives are in ``duplicated`` weight and momentum; in ``owner`` the other shards
+    of its own matrices, and its own shards of the others' updated weights; in ``distributed`` an all-reduce
+    of ``summed_bytes``.
 
     Args:
         num_matrices: matrices of this shape.
@@ -125,7 +128,7 @@ def mode_costs(
 
 
 def owner_cost(cuts: Sequence[Cut], tp_size: int, *, work: PolarWork, flops_per_byte: float) -> float:
-    """Cost of a step on matrices of any shapes that are shared out, as in ``mode_costs``."""
+    """Return the cost of a step in mode ``owner`` on matrices of any shapes, as in ``mode_costs``."""
     costs = [work.flops(cut.shape) for cut in cuts]
     loads = [0.0] * tp_size
     for cut, owner, cost in zip(cuts, assign_owners(costs, tp_size), costs, strict=True):
@@ -138,7 +141,7 @@ def owner_cost(cuts: Sequence[Cut], tp_size: int, *, work: PolarWork, flops_per_
 
 
 def assign_owners(costs: Sequence[float], num_ranks: int) -> list[int]:
-    """A rank for each matrix: the most expensive first, each to the rank with least work so far."""
+    """Return a rank for each matrix: the most expensive first, each to the rank with least work so far."""
     work, owners = [(0.0, 0)] * num_ranks, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owner = owners[i] = work.index(min(work))

@@ -1,4 +1,4 @@
-"""Brings cut matrices to the ranks that own them, and the results back: few collectives, flat buffers."""
+"""Brings cut matrices to their owners and the results back, in few collectives on flat buffers."""
 
 import torch
 import torch.distributed as dist
@@ -11,15 +11,16 @@ Offsets = dict[Piece, int]
 
 
 class Exchange:
-    """Carries out an ``ExchangePlan``; for round after round a step does this.
+    """Carries out an ``ExchangePlan``. In each of its rounds a step makes these calls.
 
-    1. ``pack``: results of the round before go into a flat buffer, and what ``pack`` returns is to be
-       filled with this rank's shards of matrices that others own.
-    2. ``send`` and, after other work, ``receive``: one all-to-all, in which each piece has its exact size
-       and a rank sends nothing to itself. ``receive`` gives this rank's shards of the others' results.
-    3. ``take`` for each batch that this rank works on, and ``give`` with what became of it.
+    1. ``pack`` copies results of the round before into a flat buffer. The caller fills the views that it
+       returns with this rank's shards of matrices that others own.
+    2. ``send`` and, after other work, ``receive`` are one all-to-all, in which each piece has its exact
+       size and a rank sends nothing to itself. ``receive`` returns this rank's shards of the others'
+       results.
+    3. ``take`` is called for each batch that this rank works on, and ``give`` with the batch's results.
 
-    After the last round 1 and 2 once more.
+    After the last round 1 and 2 are made once more.
 
     Collectives: one all-to-all over ``tp_group`` for each ``send``.
     """
@@ -27,7 +28,7 @@ class Exchange:
     def __init__(
         self, plan: ExchangePlan, tp_group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Take the plan, the ranks in shard order, and what matrices travel in."""
+        """Take the plan, the ranks in shard order, and dtype and device of the buffers."""
         self.plan = plan
         self.num_boundaries = len(plan.rounds) + 1
         self._tp_group, self._rank, self._options = tp_group, group_rank(tp_group), (dtype, device)
@@ -35,14 +36,14 @@ class Exchange:
         self._sends = [self._table([plan.parcel(b, rank, peer) for peer in ranks]) for b in boundaries]
         self._receives = [self._table([plan.parcel(b, peer, rank) for peer in ranks]) for b in boundaries]
         self._boundary = 0
-        # Of the exchange under way; empty between steps, so that no memory is held.
+        # These belong to the exchange under way; between steps they are empty and hold no memory.
         self._sent: Tensor = torch.empty(0)
         self._outgoing: dict[Piece, Tensor] = {}
         self._incoming: dict[Piece, Tensor] = {}
         self._work: dist.Work | None = None
 
     def _table(self, parcels: list[list[Piece]]) -> tuple[Offsets, list[int]]:
-        """Where each piece lies in a buffer, and how many elements of it are each peer's."""
+        """Return the offset of each piece in a buffer, and the number of its elements for each peer."""
         offsets: Offsets = {}
         counts, end = [], 0
         for parcel in parcels:
@@ -57,7 +58,7 @@ class Exchange:
         """Make the buffer to send before round ``boundary``, or after the last.
 
         Returns:
-            Matrices of which this rank is to send its shard, and the places to put the shards of their
+            Matrices whose shards this rank sends, and the views of the buffer for the shards of their
             weights and of their directions.
         """
         self._boundary = boundary
@@ -80,7 +81,7 @@ class Exchange:
         )
 
     def receive(self) -> tuple[list[int], list[Tensor]]:
-        """Wait for what was sent.
+        """Wait for the all-to-all.
 
         Returns:
             Matrices that others worked on in the round before, and this rank's shards of the results.
@@ -94,18 +95,18 @@ class Exchange:
         return [piece.matrix for piece in results], [self._incoming.pop(piece) for piece in results]
 
     def take(self, matrices: list[int], weights: Tensor, directions: Tensor) -> None:
-        """Put what the others sent of this rank's matrices into ``(b, m, n)`` tensors, in place."""
+        """Copy the other ranks' shards of this rank's matrices into ``(b, m, n)`` tensors, in place."""
         for what, whole in (("weight", weights), ("direction", directions)):
             shards, places = self._others(what, matrices, whole)
             copy_all_(shards, places)
 
     def give(self, matrices: list[int], results: Tensor) -> None:
-        """Lay out what became of this rank's matrices, ``(b, m, n)``, for the next ``pack``."""
+        """Store the results of this rank's matrices, ``(b, m, n)``, for the next ``pack``."""
         shards, places = self._others("weight", matrices, results)
         copy_all_(places, shards)
 
     def _others(self, what: str, matrices: list[int], whole: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of the other ranks' shards in whole matrices, and where these lie in what was received."""
+        """Return views of the other ranks' shards in whole matrices, and of the same shards as received."""
         shards, places = [], []
         for i, matrix in zip(matrices, whole, strict=True):
             cut = self.plan.matrices[i].cut
@@ -120,7 +121,7 @@ class Exchange:
         return [self._outgoing[piece] for piece in pieces]
 
     def _buffer(self, offsets: Offsets, counts: list[int]) -> tuple[Tensor, dict[Piece, Tensor]]:
-        """A flat buffer and the views of its pieces."""
+        """Make a flat buffer and the views of its pieces."""
         dtype, device = self._options
         buffer = torch.empty(sum(counts), dtype=dtype, device=device)
         views = {}

@@ -16,24 +16,24 @@ from sso_megatron.linalg.polar import AllReduce
 from sso_megatron.parallel.shards import Shards
 
 Slots = list[list[Tensor]]
-"""For each of some tensors the views, one for each matrix of a batch, to copy this rank's shards into."""
+"""For each tensor, the views that this rank's shards are copied into, one for each matrix of a batch."""
 
 
 class Placement(Protocol):
-    """See the module.
+    """Where the matrices of a batch are worked on; the module says how it is used.
 
     Attributes:
-        members: matrices of the batch that this rank works on, a range of places in the batch.
+        members: range of the batch's matrices that this rank works on.
     """
 
     members: range
 
     @property
     def all_reduce(self) -> AllReduce | None:
-        """Sum over the ranks that hold the other rows; None where matrices are handed out whole."""
+        """Sum over the ranks that hold the other rows; None where this rank works on whole matrices."""
 
     def allocate(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
-        """A buffer for ``num_tensors`` tensors of each matrix, and its slots.
+        """Make a buffer for ``num_tensors`` tensors of each matrix, and its slots.
 
         Args:
             num_tensors: tensors of each matrix.
@@ -41,17 +41,17 @@ class Placement(Protocol):
         """
 
     def gather(self, buffer: Tensor, num_tensors: int) -> Tensor:
-        """``(num_tensors, b', p, q)`` to work on, from the buffer with its slots filled."""
+        """Return what is worked on, ``(num_tensors, b', p, q)``, from the buffer with its slots filled."""
 
     def local_shards(self, values: Tensor) -> list[Tensor]:
-        """This rank's shard of each of ``members``, views of what is worked on, ``(b', p, q)``."""
+        """Return this rank's shard of each of ``members``, views of what is worked on, ``(b', p, q)``."""
 
     def broadcast_values(self, values: Tensor) -> Tensor:
-        """``(b,)`` numbers on every rank from one for each of ``members``, ``(b',)``."""
+        """Return ``(b,)`` numbers of all matrices on every rank, from those of ``members``, ``(b',)``."""
 
 
 class Local:
-    """Matrices that lie whole on this rank. No collectives."""
+    """Works on matrices that this rank holds whole. No collectives."""
 
     all_reduce = None
 
@@ -61,25 +61,25 @@ class Local:
         self._shape = shape
 
     def allocate(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
-        """A buffer for the matrices themselves."""
+        """Make a buffer for the matrices themselves."""
         buffer = torch.empty(num_tensors, len(self.members), *self._shape, **options)
         return buffer, [list(tensor.unbind()) for tensor in buffer]
 
     def gather(self, buffer: Tensor, num_tensors: int) -> Tensor:
-        """The matrices themselves."""
+        """Return the matrices themselves."""
         return buffer
 
     def local_shards(self, values: Tensor) -> list[Tensor]:
-        """The matrices themselves."""
+        """Return the matrices themselves."""
         return list(values.unbind())
 
     def broadcast_values(self, values: Tensor) -> Tensor:
-        """The numbers themselves."""
+        """Return the numbers themselves."""
         return values
 
 
 class Duplicated:
-    """Every rank gathers the whole matrices and does the same work.
+    """Works on the whole matrices on every rank, with the same result everywhere.
 
     Collectives: one all-gather in ``gather``.
     """
@@ -92,28 +92,28 @@ class Duplicated:
         self._shards = shards
 
     def allocate(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
-        """A buffer for this rank's shards."""
+        """Make a buffer for this rank's shards."""
         return self._shards.allocate(num_tensors, **options)
 
     def gather(self, buffer: Tensor, num_tensors: int) -> Tensor:
-        """Whole matrices ``(num_tensors, b', m, n)``."""
+        """Return whole matrices ``(num_tensors, b', m, n)``."""
         return self._shards.gather(buffer, num_tensors, self.members)
 
     def local_shards(self, values: Tensor) -> list[Tensor]:
-        """This rank's shards of them."""
+        """Return this rank's shards of whole matrices, views."""
         cuts = (self._shards.cuts[i] for i in self.members)
         return [cut.shard(value, self._shards.rank) for cut, value in zip(cuts, values, strict=True)]
 
     def broadcast_values(self, values: Tensor) -> Tensor:
-        """The numbers themselves: every rank has them."""
+        """Return the numbers themselves: every rank has them."""
         return values
 
 
 class Owner(Duplicated):
-    """Each rank of the group works on its share of the batch's matrices, whole.
+    """Works on whole matrices, each on one rank of the group.
 
-    In a step an ``Exchange`` brings the matrices to their owners and the results back; ``allocate`` and
-    ``gather`` are for looking at the matrices between steps, and gather all of them on the way.
+    In a step an ``Exchange`` brings the matrices to their owners and the results back. ``allocate`` and
+    ``gather`` serve to inspect the matrices between steps, and gather all of them on every rank.
 
     Collectives: one all-gather in ``gather``, one all-reduce in ``broadcast_values``.
     """
@@ -124,7 +124,7 @@ class Owner(Duplicated):
         self.members = members
 
     def broadcast_values(self, values: Tensor) -> Tensor:
-        """Every owner's numbers."""
+        """Return every owner's numbers."""
         shared = values.new_zeros(len(self._shards.cuts))
         shared[self.members.start : self.members.stop] = values
         dist.all_reduce(shared, group=self._shards.tp_group)
@@ -132,10 +132,10 @@ class Owner(Duplicated):
 
 
 class Distributed:
-    """Shards stay where they are; what contracts the cut dimension is summed over the group.
+    """Works on the shards where they are, and sums what contracts the cut dimension over the group.
 
-    Matrices whose columns are cut are handed out transposed. Shards of unequal height are padded with
-    zero rows. Collectives: one all-reduce for each call of ``all_reduce``.
+    Matrices whose columns are cut are worked on transposed. Shards of unequal height are padded with zero
+    rows. Collectives: one all-reduce for each call of ``all_reduce``.
     """
 
     def __init__(self, shards: Shards) -> None:
@@ -146,26 +146,26 @@ class Distributed:
         self._transposes = shards.cuts[0].dim == 1
 
     def allocate(self, num_tensors: int, **options: Any) -> tuple[Tensor, Slots]:
-        """A buffer for the shards as they lie."""
+        """Make a buffer for the shards as they are stored."""
         ranks = range(self._shards.size)
         height = max(cut.shard_shape(rank)[0] for cut in self._shards.cuts for rank in ranks)
         buffer = torch.zeros(num_tensors, len(self.members), height, self._shapes[0][1], **options)
         return buffer, [self._cropped(tensor) for tensor in buffer]
 
     def gather(self, buffer: Tensor, num_tensors: int) -> Tensor:
-        """The shards, cut dimension first."""
+        """Return the shards, cut dimension first."""
         return buffer.mT if self._transposes else buffer
 
     def local_shards(self, values: Tensor) -> list[Tensor]:
-        """The shards as they came."""
+        """Return the shards as they are stored, without padding."""
         return self._cropped(values.mT if self._transposes else values)
 
     def broadcast_values(self, values: Tensor) -> Tensor:
-        """The numbers themselves: every rank has them."""
+        """Return the numbers themselves: every rank has them."""
         return values
 
     def all_reduce(self, part: Tensor) -> Tensor:
-        """The sum of ``part`` over the group; ``part`` may be overwritten."""
+        """Return the sum of ``part`` over the group; ``part`` may be overwritten."""
         part = part.contiguous()
         dist.all_reduce(part, group=self._shards.tp_group)
         return part
@@ -175,5 +175,5 @@ class Distributed:
 
 
 def place(mode: str, shards: Shards) -> Placement:
-    """The placement that ``--spectral-tp-mode`` calls ``mode``, but for ``owner``."""
+    """Return the placement of ``--spectral-tp-mode duplicated`` or ``distributed``."""
     return Duplicated(shards) if mode == "duplicated" else Distributed(shards)

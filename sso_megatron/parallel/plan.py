@@ -1,7 +1,7 @@
-"""Which matrix of a tensor-parallel group is worked on when and where, within a workspace.
+"""Plans when and where each matrix of a tensor-parallel group is worked on, within a workspace.
 
-Planned from shapes alone, hence the same on every rank, and without one: ``GroupPlan.traffic`` counts
-what a step will move.
+A plan is made from shapes alone. It is the same on every rank, and can be made without any process group:
+``GroupPlan.traffic`` counts what a step will move.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -18,8 +18,8 @@ from sso_megatron.parallel.cost import (
 )
 from sso_megatron.parallel.shards import Cut, Shards
 
-# Part of the workspace that matrices on their way may take; the rest is for matrices that lie whole on
-# their rank and are worked on meanwhile.
+# Part of the workspace that matrices on their way may take; the rest is for matrices that a rank holds
+# whole and works on meanwhile.
 _STAGED = 7 / 8
 # What an exchange between two rounds puts into the workspace of each crossing matrix: weight, direction
 # and result, both of those that come and of those that leave.
@@ -28,14 +28,14 @@ _COPIES = 6
 
 @dataclass(frozen=True)
 class CutMatrix:
-    """What a plan needs to know of a matrix.
+    """What a plan needs to know about a matrix.
 
     Attributes:
         cut: global shape and shards.
         kind: matrices of one kind may be worked on in one batch.
         itemsize: bytes of a number.
-        workspace: bytes that the step takes for it where it is whole, weight and direction included.
-        cut_workspace: the same where shards stay on their ranks.
+        workspace: bytes that a step on the whole matrix takes, weight and direction included.
+        cut_workspace: bytes that a step on its largest shard takes, weight and direction included.
         thin_sums: bytes in each all-reduce of a step, for algorithms whose products with the matrix are
             thin; None for others.
         may_stay: whether the algorithm works on shards; otherwise ``auto`` always brings them together.
@@ -55,8 +55,8 @@ class Piece(NamedTuple):
 
     Attributes:
         what: ``weight`` or ``direction`` on the way to the owner, ``result`` on the way back.
-        matrix: its place in the plan's list.
-        rank: whose shard.
+        matrix: place of the matrix in the plan's list.
+        rank: rank that holds the shard.
     """
 
     what: str
@@ -68,7 +68,7 @@ class Traffic(NamedTuple):
     """What a warm step moves over one tensor-parallel group.
 
     Attributes:
-        num_collectives: calls.
+        num_collectives: number of collectives.
         received: bytes that each rank receives from others.
     """
 
@@ -80,13 +80,13 @@ class Traffic(NamedTuple):
 class ExchangePlan:
     """Rounds in which matrices go to their owners, and back.
 
-    There is one exchange of data before each round and one after the last; what lies between two rounds
+    There is one exchange of data before each round and one after the last. An exchange between two rounds
     carries the results of the first and the inputs of the second.
 
     Attributes:
-        matrices: all of the group, also those in other modes.
-        owners: rank that works on a matrix, by its place in ``matrices``.
-        rounds: for each round its batches; each batch lists matrices, one owner's after the other's.
+        matrices: all matrices of the group, those in other modes included.
+        owners: rank that works on a matrix, by the matrix's place in ``matrices``.
+        rounds: batches of each round; each batch lists matrices, sorted by owner.
         staged: bytes of matrices on their way that a rank holds at most.
     """
 
@@ -96,7 +96,7 @@ class ExchangePlan:
     staged: int
 
     def parcel(self, boundary: int, sender: int, receiver: int) -> list[Piece]:
-        """What one rank sends to another before round ``boundary``, in order."""
+        """Return the pieces that one rank sends to another before round ``boundary``, in order."""
         if sender == receiver:
             return []
         done = [i for batch in self.rounds[boundary - 1] for i in batch] if boundary else []
@@ -107,19 +107,19 @@ class ExchangePlan:
         return [piece for piece in pieces if self.numel(piece)]
 
     def numel(self, piece: Piece) -> int:
-        """Elements of a piece."""
+        """Return the number of elements of a piece."""
         return self.matrices[piece.matrix].cut.numel(piece.rank)
 
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """All cut matrices of a group.
+    """A step on all cut matrices of a group.
 
     Attributes:
-        matrices: in the order in which they should be finished.
-        exchange: of those whose mode is ``owner``, if there are any.
-        batches: mode and matrices of each batch of the others.
-        num_ranks: of the group.
+        matrices: the matrices in the order in which they should be finished.
+        exchange: plan for the matrices whose mode is ``owner``, if there are any.
+        batches: mode and matrices of each batch in another mode.
+        num_ranks: ranks of the group.
     """
 
     matrices: Sequence[CutMatrix]
@@ -128,7 +128,7 @@ class GroupPlan:
     num_ranks: int
 
     def traffic(self) -> Traffic:
-        """Collectives of a warm step, and bytes that each rank receives."""
+        """Return the collectives of a warm step, and the bytes that each rank receives."""
         ranks = range(self.num_ranks)
         num_collectives, received = 0, [0] * self.num_ranks
         if self.exchange is not None:
@@ -165,8 +165,8 @@ def plan_group(
     """Plan a step on all cut matrices of a group that have one dtype.
 
     Args:
-        matrices: in the order in which they should be finished.
-        num_ranks: of the group.
+        matrices: the matrices in the order in which they should be finished.
+        num_ranks: ranks of the group.
         mode: ``duplicated``, ``distributed``, ``owner`` or ``auto``. A matrix whose shorter side is cut
             goes to an owner where others are ``distributed``: the Gram matrix would be larger than it is.
             Where products are thin, ``distributed`` and ``auto`` leave all shards where they are.
@@ -216,7 +216,7 @@ def _choose_modes(
     work: PolarWork,
     flops_per_byte: float,
 ) -> dict[Hashable, str]:
-    """Owners work on all kinds together; a kind leaves them where that makes the step cheaper."""
+    """Choose a mode for each kind: ``owner``, unless taking the kind out makes the step cheaper."""
     modes = dict.fromkeys(kinds, "owner")
 
     def cost_of_owners() -> float:
@@ -271,7 +271,7 @@ def _plan_exchange(
 
 
 def _rows(matrices: Sequence[CutMatrix], owners: dict[int, int]) -> list[list[int]]:
-    """Matrices of one kind with different owners, to be worked on at a time."""
+    """Return rows of matrices of one kind with different owners, which work on a row at the same time."""
     rows: dict[tuple[Hashable, int], list[int]] = {}
     counts: dict[tuple[Hashable, int], int] = {}
     for i, owner in owners.items():
@@ -284,7 +284,7 @@ def _rows(matrices: Sequence[CutMatrix], owners: dict[int, int]) -> list[list[in
 def _crossing(
     matrices: Sequence[CutMatrix], owners: dict[int, int], row: list[int], num_ranks: int
 ) -> list[int]:
-    """Elements of matrices that come to each rank to be worked on, then those that leave each rank."""
+    """Return the elements of a row that each rank receives as owner, then those that each rank sends."""
     loads = [0] * (2 * num_ranks)
     for i in row:
         for rank in range(num_ranks):
@@ -295,7 +295,7 @@ def _crossing(
 
 
 def _pack(loads: list[list[int]], limit: float) -> list[list[int]]:
-    """Rounds of neighbours, none above the limit on any rank but those of one row."""
+    """Return rounds of neighbouring rows; only a round of one row may exceed the limit on a rank."""
     rounds: list[list[int]] = []
     load: list[int] = []
     for k, more in enumerate(loads):

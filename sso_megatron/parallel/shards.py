@@ -14,17 +14,17 @@ from torch import Tensor
 
 
 def group_size(tp_group: dist.ProcessGroup) -> int:
-    """Ranks of a group."""
+    """Return the number of ranks of a group."""
     return dist.get_world_size(tp_group)
 
 
 def group_rank(tp_group: dist.ProcessGroup) -> int:
-    """This rank's place in a group."""
+    """Return this rank's place in a group."""
     return dist.get_rank(tp_group)
 
 
 def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each tensor to its target, in few kernels where they lie in one piece."""
+    """Copy each tensor to its target, in few kernels where tensors are contiguous."""
     if targets:
         torch._foreach_copy_(list(targets), list(sources))
 
@@ -36,7 +36,7 @@ class Cut:
     Attributes:
         shape: global ``(m, n)``.
         dim: dimension that is cut.
-        lengths: of each rank's shard along it, in shard order; 0 where a rank holds nothing.
+        lengths: length of each rank's shard along ``dim``, in shard order; 0 where a rank holds nothing.
     """
 
     shape: tuple[int, int]
@@ -45,30 +45,30 @@ class Cut:
 
     @property
     def is_long_side(self) -> bool:
-        """Whether the longer side is cut; of a square that is the rows."""
+        """Whether the longer side is cut; a square counts as longer along its rows."""
         return (self.shape[0] < self.shape[1]) == bool(self.dim)
 
     def shard_shape(self, rank: int) -> tuple[int, int]:
-        """Of a rank's shard."""
+        """Return the shape of a rank's shard."""
         length = self.lengths[rank]
         return (self.shape[0], length) if self.dim else (length, self.shape[1])
 
     @property
     def largest_shape(self) -> tuple[int, int]:
-        """Of the largest shard."""
+        """Shape of the largest shard."""
         return self.shard_shape(self.lengths.index(max(self.lengths)))
 
     def numel(self, rank: int) -> int:
-        """Elements of a rank's shard."""
+        """Return the number of elements of a rank's shard."""
         return self.lengths[rank] * self.shape[1 - self.dim]
 
     def shard(self, whole: Tensor, rank: int) -> Tensor:
-        """A rank's shard of ``(..., m, n)``, a view."""
+        """Return a rank's shard of ``(..., m, n)``, a view."""
         return whole.narrow(self.dim - 2, sum(self.lengths[:rank]), self.lengths[rank])
 
 
 def even_cut(shape: tuple[int, int], dim: int, num_ranks: int) -> Cut:
-    """Equal shards."""
+    """Return a cut into equal shards."""
     return Cut(shape, dim, (shape[dim] // num_ranks,) * num_ranks)
 
 
@@ -81,33 +81,33 @@ class Shards:
         self.size, self.rank = group_size(tp_group), group_rank(tp_group)
 
     def allocate(self, num_tensors: int, **options: Any) -> tuple[Tensor, list[list[Tensor]]]:
-        """Room for this rank's shards of ``num_tensors`` tensors of each matrix.
+        """Make a buffer for this rank's shards of ``num_tensors`` tensors of each matrix.
 
         Args:
             num_tensors: tensors of each matrix.
             options: dtype and device.
 
         Returns:
-            The flat buffer, of equal size on every rank, and for each tensor the views of it, one for each
-            matrix, to copy shards into.
+            The flat buffer, of equal size on every rank, and for each tensor its views for the shards, one
+            view for each matrix.
         """
         buffer = torch.empty(num_tensors * self.padded_numel(self.cuts, self.size), **options)
         return buffer, self._views(buffer, self.rank, num_tensors)
 
     @staticmethod
     def padded_numel(cuts: Sequence[Cut], num_ranks: int) -> int:
-        """Elements that each rank contributes to an all-gather: those of the rank that holds most."""
+        """Return the elements that each rank contributes to an all-gather: those of the fullest rank."""
         return max(sum(cut.numel(rank) for cut in cuts) for rank in range(num_ranks))
 
     def gather(self, buffer: Tensor, num_tensors: int, members: range) -> Tensor:
-        """Whole matrices from what each rank has put into its buffer.
+        """Return whole matrices from the buffers that the ranks have filled.
 
         Collectives: one all-gather over ``tp_group``.
 
         Args:
             buffer: from ``allocate``, filled.
             num_tensors: as given to ``allocate``.
-            members: matrices wanted on this rank, of ``b'``.
+            members: the ``b'`` matrices that this rank needs.
 
         Returns:
             ``(num_tensors, b', m, n)``.
@@ -133,7 +133,7 @@ class Shards:
 
 
 def sum_over(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor] | None:
-    """A function that adds a tensor up over a group, in place or not; None for a group of one."""
+    """Return a function that sums a tensor over a group, in place or not; None for a group of one."""
     if dist.get_world_size(group) == 1:
         return None
 
@@ -146,9 +146,10 @@ def sum_over(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor] | None:
 
 
 def norms_of(vectors: Sequence[Tensor], tp_groups: Sequence[Any]) -> Tensor:
-    """Euclidean norms ``(b,)`` of vectors of one dtype, each cut over a group, or whole where that is None.
+    """Return the Euclidean norms ``(b,)`` of vectors of one dtype, each cut over a group or whole.
 
-    The ranks of a group give the vectors that it cuts in the same order.
+    A vector is whole where its group is None. The ranks of a group list the vectors that it cuts in the
+    same order.
 
     Collectives: one all-reduce over each group.
     """
