@@ -10,7 +10,7 @@ parameter's own sharding, and one small object for each logical matrix under
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from sso_megatron.mcore.optimizer.megatron_state import (
     state_adapters,
     step_of,
 )
+from sso_megatron.mcore.parameters.devices import device_of
 from sso_megatron.mcore.parameters.names import OPTIONAL_STATE, STATE, expert_by_itself
 from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.batches import MatrixBatch, Member
@@ -53,9 +54,10 @@ class SpectralChain(ChainedOptimizer):
     another's copy is spoilt.
     """
 
-    def __init__(self, chained_optimizers: list[Any]) -> None:
-        """Take Megatron's optimizers."""
+    def __init__(self, chained_optimizers: list[Any], model_chunks: Sequence[Any]) -> None:
+        """Take Megatron's optimizers, of which a rank may have none, and this rank's part of the model."""
         super().__init__(chained_optimizers)
+        self._device = device_of(model_chunks)
         self._grad_norm = 0.0
         for optimizer in leaves(chained_optimizers):
             setattr(optimizer, grads_for_norm(), _with_spoilt_copies(optimizer))
@@ -111,7 +113,7 @@ class SpectralChain(ChainedOptimizer):
         }
         if is_loading:  # what is not sharded comes from the checkpoint
             return sharded
-        return sharded | {_FORM: _VERSION, "step": _largest(step_of(part.inner) for part in parts)}
+        return sharded | {_FORM: _VERSION, "step": self._largest_step(parts)}
 
     def load_state_dict(self, state_dict: Any) -> None:
         """Take over a checkpoint's state.
@@ -136,7 +138,22 @@ class SpectralChain(ChainedOptimizer):
                 replace(state, tensors=state_dict["state"][str(next(index))]) for state in part.targets()
             )
             set_step(part.inner, state_dict["step"])
-        _load_spectral(parts, state_dict.get("spectral", {}))
+        num_missing, num_matrices = _load_spectral(parts, state_dict.get("spectral", {}))
+        counts = torch.tensor([num_missing, num_matrices], device=self._device)
+        dist.all_reduce(counts)
+        num_missing, num_matrices = counts.tolist()
+        if num_missing and dist.get_rank() == 0:
+            print(
+                f"sso_megatron: for {num_missing / num_matrices:.0%} of the matrices the checkpoint has no "
+                "singular vectors; they are found again",
+                flush=True,
+            )
+
+    def _largest_step(self, parts: list[StateAdapter]) -> int:
+        """Steps taken so far; a rank may have no state that counts them."""
+        step = torch.tensor(max((step_of(part.inner) for part in parts), default=0), device=self._device)
+        dist.all_reduce(step, op=dist.ReduceOp.MAX)
+        return int(step)
 
 
 def _spectral_objects(
@@ -163,7 +180,8 @@ def _spectral_objects(
     return objects
 
 
-def _load_spectral(parts: list[StateAdapter], loaded: dict[str, Any]) -> None:
+def _load_spectral(parts: list[StateAdapter], loaded: dict[str, Any]) -> tuple[int, int]:
+    """Take over what a checkpoint has of logical matrices; how many it lacks, and how many there are."""
     num_missing = num_matrices = 0
     for _, optimizer in _spectral(parts):
         states = {}
@@ -174,15 +192,7 @@ def _load_spectral(parts: list[StateAdapter], loaded: dict[str, Any]) -> None:
             if state is not None:
                 states[member.name] = state
         optimizer.load_spectral_state(states)
-    counts = torch.tensor([num_missing, num_matrices], device="cuda")
-    dist.all_reduce(counts)
-    num_missing, num_matrices = counts.tolist()
-    if num_missing and dist.get_rank() == 0:
-        print(
-            f"sso_megatron: for {num_missing / num_matrices:.0%} of the matrices the checkpoint has no "
-            "singular vectors; they are found again",
-            flush=True,
-        )
+    return num_missing, num_matrices
 
 
 def _spectral(parts: list[StateAdapter]) -> Iterator[tuple[WholeStateAdapter, SpectralOptimizer]]:
@@ -251,9 +261,3 @@ def _among_replicas(replica_id: Replica, data_parallel: int | None) -> Replica:
     if data_parallel is None:
         return replica_id
     return (*replica_id[:-1], data_parallel) if isinstance(replica_id, tuple) else data_parallel
-
-
-def _largest(steps: Iterable[int]) -> int:
-    step = torch.tensor(max(steps, default=0), device="cuda")
-    dist.all_reduce(step, op=dist.ReduceOp.MAX)
-    return int(step)

@@ -95,9 +95,9 @@ class ShardedChain(SpectralChain):
     parts and is gathered before the last of them has stepped: parameters stay one step behind.
     """
 
-    def __init__(self, chained_optimizers: list[Any]) -> None:
-        """Take Megatron's optimizers."""
-        super().__init__(chained_optimizers)
+    def __init__(self, chained_optimizers: list[Any], model_chunks: list[Any]) -> None:
+        """Take Megatron's optimizers and this rank's model chunks, wrapped in its DDP."""
+        super().__init__(chained_optimizers, model_chunks)
         self._adamw = [part for part in chained_optimizers if isinstance(part, DistributedOptimizer)]
         self._spectral = [part for part in chained_optimizers if part not in self._adamw]
         self._gather = ParamGather(self._spectral, self.model_chunks)
@@ -191,7 +191,7 @@ def build(config: Any, model_chunks: list[Any], config_overrides: Any, pg_collec
         own = [g for g in groups if "optimizer" in g and g["is_expert_parallel"] == is_expert]
         if own:
             parts.append(_adamw(config, model_chunks, own, process_groups, pg_collection))
-    return ShardedChain(parts)
+    return ShardedChain(parts, model_chunks)
 
 
 def _has_shards(chunk: Any) -> bool:

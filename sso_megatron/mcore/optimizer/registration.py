@@ -145,7 +145,7 @@ def _by_our_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         chain = original(config, model_chunks, config_overrides, pg_collection)
         from sso_megatron.mcore.optimizer.chain import SpectralChain
 
-        return SpectralChain(chain.chained_optimizers)
+        return SpectralChain(chain.chained_optimizers, model_chunks)
 
     return get_megatron_emerging_optimizer
 

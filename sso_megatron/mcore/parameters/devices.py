@@ -1,0 +1,22 @@
+"""The device of a rank's tensors."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+def device_of(model_chunks: Iterable[Any]) -> torch.device:
+    """Device of this rank's part of a model; collectives over Megatron's groups need their tensors there.
+
+    A rank may have no loss, no matrix and no state of an optimizer, but it has a part of the model. Should
+    that be without parameters, too, this is the device that Megatron has chosen for the process.
+
+    Args:
+        model_chunks: Megatron modules, wrapped or not.
+    """
+    for chunk in model_chunks:
+        for param in chunk.parameters():
+            device: torch.device = param.device
+            return device
+    return torch.empty(0, device=torch.cuda.current_device()).device
