@@ -1,6 +1,5 @@
 """Batches of equal logical matrices, each of which a step works on as one tensor."""
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from sso_megatron.linalg.shard_view import ShardView
 from sso_megatron.matrices.layout import ParameterLayout, Split
+from sso_megatron.matrices.names import natural_order
 from sso_megatron.parallel.placement import Duplicated, Placement
 from sso_megatron.parallel.shards import Shards
 
@@ -29,8 +29,8 @@ class Member:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """The name as a key for sorting, layer 2 before layer 10."""
-        return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", self.name))
+        """Key to sort by name, layer 2 before layer 10."""
+        return natural_order(self.name)
 
     @property
     def dtype(self) -> torch.dtype:

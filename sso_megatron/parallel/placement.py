@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sso_megatron.linalg.polar import AllReduce
-from sso_megatron.parallel.shards import Shards
+from sso_megatron.parallel.shards import Shards, all_reduce
 
 Slots = list[list[Tensor]]
 """For each tensor, the views that this rank's shards are copied into, one for each matrix of a batch."""
@@ -166,9 +166,7 @@ class Distributed:
 
     def all_reduce(self, part: Tensor) -> Tensor:
         """Return the sum of ``part`` over the group; ``part`` may be overwritten."""
-        part = part.contiguous()
-        dist.all_reduce(part, group=self._shards.tp_group)
-        return part
+        return all_reduce(part, self._shards.tp_group)
 
     def _cropped(self, values: Tensor) -> list[Tensor]:
         return [value[:rows] for value, (rows, _) in zip(values, self._shapes, strict=True)]

@@ -4,13 +4,16 @@
 or not. Shards travel in flat buffers, one after the other, so that no shard is padded.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sso_megatron.linalg.polar import AllReduce
 
 
 def group_size(tp_group: dist.ProcessGroup) -> int:
@@ -132,17 +135,21 @@ class Shards:
         return views
 
 
-def sum_over(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor] | None:
-    """Return a function that sums a tensor over a group, in place or not; None for a group of one."""
-    if dist.get_world_size(group) == 1:
-        return None
+def all_reduce(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of ``part`` over a group; ``part`` may be overwritten.
 
-    def all_reduce(part: Tensor) -> Tensor:
-        part = part.contiguous()
-        dist.all_reduce(part, group=group)
+    Collectives: one all-reduce, none over a group of one rank.
+    """
+    if group_size(group) == 1:
         return part
+    part = part.contiguous()
+    dist.all_reduce(part, group=group)
+    return part
 
-    return all_reduce
+
+def sum_over(group: dist.ProcessGroup) -> AllReduce | None:
+    """``all_reduce`` over a group; None for a group of one rank."""
+    return None if group_size(group) == 1 else functools.partial(all_reduce, group=group)
 
 
 def norms_of(vectors: Sequence[Tensor], tp_groups: Sequence[Any]) -> Tensor:

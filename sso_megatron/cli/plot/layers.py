@@ -10,9 +10,10 @@ from sso_megatron.cli.plot import axes as plot_axes
 from sso_megatron.cli.plot.axes import Picture
 from sso_megatron.runs import criterion_table
 from sso_megatron.runs.reader import Run, TableHistory
+from sso_megatron.runs.tables import ACTIVATIONS
 
 _MEASURE = "train with --log-spectral-metrics N"
-_PLACES = {"residual": "residual stream", "attention": "attention", "mlp": "MLP"}
+_PLACES = dict(zip(ACTIVATIONS, ("residual stream", "attention", "MLP"), strict=True))
 _SIZES = {"rms": "RMS", "max": "AbsMax"}
 _ACTIVATIONS = {
     f"{where}_{size}": f"{size_text}, {place}"

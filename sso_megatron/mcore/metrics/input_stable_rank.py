@@ -1,4 +1,4 @@
-"""Stable ranks of what comes into a model's weights, seen by hooks in the forward passes of one step."""
+"""Stable ranks of the activations that come into weights, measured by forward hooks in one step."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,35 +10,34 @@ from torch import Tensor
 from sso_megatron.linalg.shard_view import ShardView
 from sso_megatron.linalg.stable_rank import COLUMNS, StreamedRows, add_rows, squared_norms
 from sso_megatron.mcore.parameters.layouts import ModelParameter
-from sso_megatron.parallel.shards import sum_over
+from sso_megatron.parallel.shards import all_reduce, sum_over
 
 
 class InputStableRank:
-    """Looks on from when it is made until ``stable_ranks``; nothing of the model changes.
+    """Measures from its construction until ``close``, and changes nothing in the model.
 
     Incoming activations ``A`` have a row for each token of the step, padding included. For an embedding
-    they are one-hot, and the stable rank is 1 by the share of the most frequent token. Of a weight that is
-    used in several places, as a tied embedding, and of one in a fused kernel that hooks do not see, nothing
-    is known.
+    they are one-hot, and the stable rank is 1 over the share of the most frequent token. A weight in a
+    fused kernel that hooks do not see has no stable rank.
 
-    Activations that are recomputed in the backward pass are seen twice, which changes no stable rank.
+    Hooks see activations that are recomputed in the backward pass twice, which changes no stable rank.
 
-    Collectives while it looks on: where the columns of ``A`` are cut, two sums a pass over the
-    tensor-parallel group (``linalg.stable_rank.add_rows``).
+    Collectives in forward passes: where the columns of ``A`` are cut, those of
+    ``linalg.stable_rank.add_rows`` over the tensor-parallel group.
     """
 
     def __init__(self, parameters: Sequence[ModelParameter], pg_collection: Any) -> None:
         """Hook into the modules of some weights.
 
         Args:
-            parameters: 2-D weights.
+            parameters: 2-D weights, each used in one place of the model.
             pg_collection: Megatron's process groups.
         """
         self._groups = pg_collection
         embeddings = [p for p in parameters if hasattr(p.module, "num_embeddings")]
         self._counts = {p.name: _zeros(p, p.module.num_embeddings, dtype=torch.int64) for p in embeddings}
         self._linear = {p.name: p for p in parameters if p.name not in self._counts}
-        # Also of what nothing will come into here: ranks that share weights take part in the same sums.
+        # A weight whose input this rank never sees counts, too: ranks that share it issue the same sums.
         self._rows = {
             name: StreamedRows(_zeros(p, dtype=torch.float64)) for name, p in self._linear.items()
         }
@@ -51,12 +50,12 @@ class InputStableRank:
         ]
 
     def close(self) -> None:
-        """Look on no longer."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
     def _hook(self, own: list[ModelParameter]) -> Callable[..., None]:
-        """For the module that some weights, sorted as it numbers them, belong to."""
+        """Hook for the module that the weights ``own`` belong to, in the module's order."""
 
         @torch.no_grad()
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -66,7 +65,7 @@ class InputStableRank:
                 self._counts[own[0].name].scatter_add_(0, tokens, torch.ones_like(tokens))
                 return
             rows = _normed(module, first).flatten(0, -2)
-            # A grouped product gets the tokens of its experts one after the other, and their numbers.
+            # A grouped product gets the tokens of its experts one after the other, and how many each has.
             parts = rows.split(list(rest[0])) if own[0].is_grouped else [rows]
             for p, part in zip(own, parts, strict=True):
                 add_rows(self._rows[p.name], part, _part(p))
@@ -74,24 +73,25 @@ class InputStableRank:
         return hook
 
     def stable_ranks(self) -> dict[str, float]:
-        """By name, of each weight that something has come into; waits for the device.
+        """Stable ranks by name of the weights that have had input; waits for the device.
 
-        Collectives: of embeddings one sum each; of other weights, for each width of activations and set of
-        ranks that saw other tokens of the same weights, one sum and those of
-        ``linalg.stable_rank.squared_norms``; one over the tensor-parallel group where columns are cut.
+        Collectives: one all-reduce for each embedding. Other weights are batched by the width of their
+        activations and by the group of ranks that saw other tokens; each batch takes one all-reduce and
+        those of ``linalg.stable_rank.squared_norms`` over that group, and where columns are cut one more
+        over the tensor-parallel group.
         """
         found: dict[str, float] = {}
         for name, counts in self._counts.items():
-            counts = _summed(counts, self._groups.dp_cp)
+            counts = all_reduce(counts, self._groups.dp_cp)
             found[name] = (counts.sum() / counts.max()).item()
         alike: dict[Any, list[ModelParameter]] = {}
         for p in self._linear.values():
             alike.setdefault((self._replicas(p), p.partition_dim == 1, _width(p)), []).append(p)
         for (group, is_cut, width), some in alike.items():
             rows = [self._rows[p.name] for p in some]
-            squares = _summed(torch.stack([one.square for one in rows]), group)
+            squares = all_reduce(torch.stack([one.square for one in rows]), group)
             if is_cut:
-                squares = _summed(squares, some[0].tp_group)
+                squares = all_reduce(squares, some[0].tp_group)
             nothing = _zeros(some[0], width, min(width, COLUMNS))
             blocks = torch.stack([nothing if one.block is None else one.block for one in rows])
             ranks = squares / squared_norms(blocks, sum_over(group))
@@ -99,7 +99,7 @@ class InputStableRank:
         return {name: rank for name, rank in found.items() if math.isfinite(rank)}
 
     def _replicas(self, p: ModelParameter) -> Any:
-        """The ranks that may have seen other tokens: equal ones that count several times do not matter."""
+        """Ranks that may have seen other tokens; counting a token on several changes no stable rank."""
         if p.is_expert:
             return self._groups.expt_dp
         return self._groups.dp_cp if p.partition_dim == 1 else self._groups.tp_dp_cp
@@ -109,25 +109,20 @@ def _zeros(p: ModelParameter, *shape: int, dtype: torch.dtype = torch.float32) -
     return torch.zeros(shape, dtype=dtype, device=p.param.device)
 
 
-def _summed(x: Tensor, group: Any) -> Tensor:
-    all_reduce = sum_over(group)
-    return x if all_reduce is None else all_reduce(x)
-
-
 def _width(p: ModelParameter) -> int:
-    """Of the activations that come into a weight, over all ranks."""
+    """Width of the activations that come into a weight, over all ranks."""
     return p.param.size(-1) * (p.tp_size if p.partition_dim == 1 else 1)
 
 
 def _part(p: ModelParameter) -> ShardView:
-    """Which columns of the activations come into this rank's shard."""
+    """Columns of the activations that come into this rank's shard."""
     if p.partition_dim != 1:
         return ShardView((0, _width(p)))
     return ShardView((0, _width(p)), sum_over(p.tp_group), p.tp_rank * p.param.size(-1))
 
 
 def _normed(module: Any, x: Tensor) -> Tensor:
-    """What a layer that norms its input itself, as TransformerEngine's does, multiplies its weight by."""
+    """Input of a layer's product: some of TransformerEngine's layers normalize their input themselves."""
     weight = getattr(module, "layer_norm_weight", None)
     if weight is None:
         return x

@@ -1,6 +1,5 @@
 """Numbers of all ranks brought together in one all-gather, and reduced row by row on the host."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sso_megatron.matrices.names import natural_order
 
 Key = tuple[str, int]
 """A row, and which part of it a rank has: parts of one row are reduced, copies of one part count once."""
@@ -108,8 +109,3 @@ class RankGather:
             )
             tables[name] = places.rows, columns
         return tables
-
-
-def natural_order(name: str) -> tuple[Any, ...]:
-    """To sort by name, layer 2 before layer 10."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sso_megatron.mcore.checkpoint.folders import TRACKER
 from sso_megatron.mcore.flags.optimizers import OPTIMIZERS, flags_of
 from sso_megatron.mcore.flags.validation import check_criterion, check_metrics, check_request, unread_flags
 from sso_megatron.mcore.rehearsal import hybrid as cpu_hybrid
@@ -129,8 +130,7 @@ def read_flags(
 
 def _checkpoint_is_there(args: Namespace) -> bool:
     """Whether the run starts from a checkpoint: without the one to be tuned it does not start at all."""
-    tracker = "latest_checkpointed_iteration.txt"
-    return bool(args.pretrained_checkpoint or (args.load and (Path(args.load) / tracker).is_file()))
+    return bool(args.pretrained_checkpoint or (args.load and (Path(args.load) / TRACKER).is_file()))
 
 
 def _refuse_gpu_layers(args: Namespace) -> None:
