@@ -20,7 +20,7 @@ from sso_megatron.mcore.flags.validation import (
     refuse_idle_flags,
     unread_flags,
 )
-from sso_megatron.mcore.metrics import recorder
+from sso_megatron.mcore.metrics import loop_hooks
 from sso_megatron.mcore.optimizer import model_hooks, registration
 from sso_megatron.mcore.rehearsal import rehearsal
 from sso_megatron.runs.writer import prepare_folder
@@ -44,7 +44,7 @@ def enter() -> None:
             rehearsal.start_rehearsal()
         rehearsal.skip_helper_compilation()
         _hook_arguments()
-        recorder.install()
+        loop_hooks.install()
         _hook_checkpoints()
     except UnsupportedError as error:
         fail(error)
@@ -65,7 +65,7 @@ def plug_in(registry: dict[str, Any]) -> None:
         if not registration.is_registered():
             registration.register()
         _hook_arguments(for_ours=_hook_checkpoints)
-        recorder.install()
+        loop_hooks.install()
     except UnsupportedError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"sso_megatron: warning: not plugged in: {error}", file=sys.stderr, flush=True)

@@ -141,7 +141,7 @@ def main() -> None:
     for name in ("training", "training.models", "training.argument_utils", "core.models.mimo"):
         importlib.import_module(f"megatron.{name}")
     importlib.import_module("megatron.core.tokenizers.text.models")  # else transformers in every rank
-    for name in ("metrics.recorder", "optimizer.chain", "optimizer.layer_wise"):
+    for name in ("metrics.loop_hooks", "optimizer.chain", "optimizer.layer_wise"):
         importlib.import_module(f"sso_megatron.mcore.{name}")
     importlib.import_module("sso_megatron.cli.train.pretrain_gpt")
     importlib.import_module("helpers.probes")

@@ -51,7 +51,7 @@ PRIVATE_NAMES: dict[str, PrivateName] = {
     f"{_TRAINING}:tag_params_for_buffer_routing": PrivateName("wrapped: routes parameters by our rule"),
     "megatron.training.models.dist_utils:_ddp_wrap": PrivateName("wrapped: the same for model builders"),
     f"{_TRAINING}:get_model": PrivateName("wrapped: builds GPT models from a configuration", only="0.18"),
-    # Records: metrics/recorder
+    # Records: metrics/loop_hooks
     f"{_TRAINING}:pretrain": PrivateName("wrapped: keeps records"),
     "megatron.training:pretrain": PrivateName(
         "replaced by the wrapped one, by the name that scripts import"

@@ -1,4 +1,4 @@
-"""Sizes of activations, attention logits and expert load in one step, seen by hooks in forward passes."""
+"""Sizes of activations, attention logits and expert loads of one step, measured by forward hooks."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -11,27 +11,33 @@ from torch import Tensor
 
 from sso_megatron.mcore.metrics.rank_gather import Contribution
 from sso_megatron.mcore.parameters.names import global_names
-from sso_megatron.runs.tables import Table
+from sso_megatron.runs.tables import ACTIVATIONS, Table
 
-_KINDS = ("residual", "attention", "mlp")
-_SUMS = tuple(f"{kind}_{what}" for kind in _KINDS for what in ("square", "count"))
-_MAXIMA = (*(f"{kind}_max" for kind in _KINDS), "logit_max")
+_SUMS = tuple(f"{place}_{what}" for place in ACTIVATIONS for what in ("square", "count"))
+_MAXIMA = (*(f"{place}_max" for place in ACTIVATIONS), "logit_max")
 _LAYER = re.compile(r"(^|\.)layers\.\d+$")
 
 
 class ActivationMeter:
-    """Looks on from ``start`` to ``finish``; nothing of the model changes. No collective.
+    """Measures between ``start`` and ``finish``, and changes nothing in the model. No collective.
 
-    What leaves a layer is its residual stream. Activations that are recomputed are seen twice, which
-    changes none of the results. Attention logits are those of the local attention, as the softmax gets
-    them, or with ``--log-max-attention-logit`` or ``--qk-clip`` what TransformerEngine's kernel reports,
-    which after an evaluation is of that, too.
+    The output of a layer is its residual stream. Hooks see recomputed activations twice, which changes none
+    of the results. Attention logits are the input of the softmax in Megatron's local attention, or with
+    ``--log-max-attention-logit`` or ``--qk-clip`` the maximum that TransformerEngine's kernel reports.
+    After an evaluation that maximum covers the evaluation, too.
     """
 
-    def __init__(self, model_chunks: Sequence[Any], groups: Any) -> None:
-        """Find the layers of a model, wrapped in DDP or not."""
+    def __init__(self, model_chunks: Sequence[Any], groups: Any, device: torch.device) -> None:
+        """Find the layers of a model.
+
+        Args:
+            model_chunks: Megatron modules, wrapped in DDP or not.
+            groups: Megatron's process groups.
+            device: where the model's activations are.
+        """
         from megatron.core.utils import get_model_config
 
+        self._device = device
         self._modules: dict[str, dict[str, Any]] = {}
         self._num_experts = get_model_config(model_chunks[0]).num_moe_experts or 0
         for chunk in model_chunks:
@@ -51,7 +57,7 @@ class ActivationMeter:
 
     @property
     def contributions(self) -> dict[str, Contribution]:
-        """What this rank reports: its part of the tokens, for each layer that it has."""
+        """Rows that this rank reports: each of its layers, over its part of the tokens."""
         rank = dist.get_rank()
         loads = tuple(f"load{expert}" for expert in range(self._num_experts))
         return {
@@ -61,10 +67,10 @@ class ActivationMeter:
 
     def start(self) -> None:
         """Hook into the modules."""
-        device = torch.device("cuda")
-        self._squares = torch.zeros(len(self._rows), len(_KINDS), dtype=torch.float64, device=device)
+        device, num_layers = self._device, len(self._rows)
+        self._squares = torch.zeros(num_layers, len(ACTIVATIONS), dtype=torch.float64, device=device)
         self._counts = torch.zeros_like(self._squares)
-        self._maxima = torch.zeros(len(self._rows), len(_MAXIMA), device=device)
+        self._maxima = torch.zeros(num_layers, len(_MAXIMA), device=device)
         self._maxima[:, -1] = -torch.inf
         self._loads = torch.zeros(len(self._routed), self._num_experts, device=device)
         self._undo: list[Callable[[], None]] = []
@@ -77,7 +83,7 @@ class ActivationMeter:
                 self._undo.append(module.register_forward_hook(_at(self._hook(kind), where)).remove)
 
     def finish(self) -> dict[str, Tensor]:
-        """Numbers of ``contributions``; what is not finite is infinite."""
+        """Remove the hooks and return the numbers for ``contributions``, NaN turned into infinity."""
         for undo in self._undo:
             undo()
         sums = torch.stack([self._squares, self._counts], dim=2).flatten(1).float()
@@ -87,7 +93,7 @@ class ActivationMeter:
 
     def _hook(self, kind: str) -> Callable[[int, Any, Any], None]:
         others = {"router": self._count_tokens, "core_attention": self._take_kernel_logits}
-        return others[kind] if kind in others else self._measure(_KINDS.index(kind))
+        return others[kind] if kind in others else self._measure(ACTIVATIONS.index(kind))
 
     def _measure(self, kind: int) -> Callable[[int, Any, Any], None]:
         def measure(place: int, module: Any, output: Any) -> None:
@@ -103,7 +109,7 @@ class ActivationMeter:
         return measure
 
     def _look_at_logits(self, softmax: Any, place: int) -> None:
-        """The local attention's: what its mask leaves of the scores."""
+        """Note the scores that the local attention's mask lets through."""
         original = softmax.mask_func
 
         def masked(scores: Tensor, mask: Tensor) -> Tensor:
@@ -131,6 +137,19 @@ class ActivationMeter:
             self._loads[place] += routing_map.flatten(0, -2).sum(dim=0)
 
 
+def why_hidden(options: Any) -> str | None:
+    """What keeps hooks from seeing forward passes; None if nothing does.
+
+    Args:
+        options: Megatron's arguments.
+    """
+    if getattr(options, "cuda_graph_impl", "none") != "none":
+        return f"a replayed forward pass cannot be looked at (--cuda-graph-impl {options.cuda_graph_impl})"
+    if options.overlap_moe_expert_parallel_comm:
+        return "layers are called in parts (--overlap-moe-expert-parallel-comm)"
+    return None
+
+
 def _layer_around(name: str) -> str | None:
     """The innermost layer that a module's name is in."""
     parts = name.split(".")
@@ -141,8 +160,8 @@ def _layer_around(name: str) -> str | None:
 
 
 def _kind(within: str, module: Any) -> str | None:
-    """What is to be seen of a module inside a layer, by its name there."""
-    if type(module).__name__ == "IdentityOp":  # of a hybrid model's layer, which has one of the parts
+    """What a hook measures at a module inside a layer, by the module's name there; None for nothing."""
+    if type(module).__name__ == "IdentityOp":  # a hybrid model's layer has one part alone
         return None
     within = within.removeprefix("mtp_model_layer.")
     if within in ("self_attention", "mlp"):
@@ -165,20 +184,20 @@ def _at(hook: Callable[[int, Any, Any], None], place: int) -> Callable[[Any, Any
 
 
 def layer_table(reduced: tuple[tuple[str, ...], dict[str, np.ndarray]]) -> Table:
-    """The table ``layers``: root mean squares and largest magnitudes; NaN where nothing was seen."""
+    """The table ``layers``: root mean squares and largest magnitudes; NaN where no hook was called."""
     rows, sums = reduced
     columns = {}
     with np.errstate(divide="ignore", invalid="ignore"):
-        for kind in _KINDS:
-            count = sums[f"{kind}_count"]
-            columns[f"{kind}_rms"] = np.where(count > 0, np.sqrt(sums[f"{kind}_square"] / count), np.nan)
-            columns[f"{kind}_max"] = np.where(count > 0, sums[f"{kind}_max"], np.nan)
+        for place in ACTIVATIONS:
+            count = sums[f"{place}_count"]
+            columns[f"{place}_rms"] = np.where(count > 0, np.sqrt(sums[f"{place}_square"] / count), np.nan)
+            columns[f"{place}_max"] = np.where(count > 0, sums[f"{place}_max"], np.nan)
     logits = sums["logit_max"]
     return Table(rows, columns | {"logit_max": np.where(np.isneginf(logits), np.nan, logits)})
 
 
 def expert_table(reduced: tuple[tuple[str, ...], dict[str, np.ndarray]]) -> Table:
-    """The table ``experts``: ``load``, tokens by their mean, and ``max_vio``, the largest load less 1."""
+    """The table ``experts``: ``load``, tokens over their mean; ``max_vio``, the largest load minus 1."""
     rows, loads = reduced
     tokens = np.stack(list(loads.values()), axis=1) if loads else np.zeros((0, 0))
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -19,7 +19,9 @@ from torch import Tensor
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.linalg.nuclear_norm import norms
 from sso_megatron.matrices.layout import ParameterLayout
+from sso_megatron.mcore.flags.parser import config_from
 from sso_megatron.mcore.metrics.input_stable_rank import InputStableRank
+from sso_megatron.mcore.metrics.rank_gather import gather_objects
 from sso_megatron.mcore.parameters.layouts import ModelParameter, has_rule, layout_of, model_parameters
 from sso_megatron.optimizers.batches import Member
 from sso_megatron.optimizers.config import SpectralConfig
@@ -32,17 +34,17 @@ from sso_megatron.parallel.shards import Cut
 _STEPS = 10
 
 CriterionRows = dict[str, dict[str, float | None]]
-"""Of each weight: ``nuclear_rank``, ``stable_rank`` and ``gain``; None where it is not known."""
+"""``nuclear_rank``, ``stable_rank`` and ``gain`` by weight; None where a number is not known."""
 
 
 @dataclass
 class RankMeasurements:
-    """What a rank knows of a step.
+    """What a rank has measured of one iteration.
 
     Attributes:
-        stable_ranks: of the activations that come into a weight, by its name.
-        norms: of each logical matrix's gradient, by its name: the weight, which kind of matrix it is, and
-            ``||G||_*`` and ``||G||_F``.
+        stable_ranks: stable rank of the activations that come into a weight, by the weight's name.
+        norms: by a logical matrix's name its weight's name, its kind, and its gradient's ``||G||_*`` and
+            ``||G||_F``.
     """
 
     stable_ranks: dict[str, float] = field(default_factory=dict)
@@ -50,10 +52,10 @@ class RankMeasurements:
 
 
 def rows(parts: Iterable[RankMeasurements]) -> CriterionRows:
-    """The criterion of every weight, from all ranks' parts.
+    """The criterion of every weight, from the measurements of all ranks.
 
-    Logical matrices of one kind in one weight, such as the heads' queries, make up one row: the norms'
-    squares add up, as the updates' effects do.
+    Logical matrices of one kind in one weight, such as the heads' queries, make up one row: the squares of
+    their norms are added, as the effects of their updates add up.
     """
     stable_ranks: dict[str, float] = {}
     gradients: dict[str, tuple[str, str, float, float]] = {}
@@ -78,26 +80,39 @@ def rows(parts: Iterable[RankMeasurements]) -> CriterionRows:
 
 
 class Criterion:
-    """Measures every so many iterations.
+    """Measures every ``interval``-th iteration, and leaves the others alone.
 
-    Collectives at such an iteration: those of ``ActivationMeter``; one all-gather of each gradient buffer
-    that the sharded optimizer had reduced in shards; and of each batch of matrices that tensor parallelism
-    cuts an all-gather or two all-reduces. The gradients' work is shared out over data-parallel ranks.
+    Collectives at a measured iteration: those of ``InputStableRank``; one all-gather of each gradient
+    buffer that the sharded optimizer had reduced in shards; and for each batch of matrices that tensor
+    parallelism cuts an all-gather or two all-reduces. Data-parallel ranks share out the work on gradients.
     """
 
     def __init__(self, interval: int, shared: SpectralConfig) -> None:
-        """Take the number of iterations and how matrices are found."""
+        """Take the interval in iterations, and the settings by which logical matrices are found."""
         self._interval = interval
         self._shared = replace(shared, tp_mode="auto")
         self._parts: dict[int, RankMeasurements] = {}
 
-    def take(self) -> dict[int, RankMeasurements]:
-        """This rank's part of what was measured since the last call, by iteration."""
-        parts, self._parts = self._parts, {}
-        return parts
+    @classmethod
+    def from_options(cls, options: Any) -> "Criterion | None":
+        """What Megatron's arguments ask for; None if they do not ask."""
+        if not options.log_spectral_criterion:
+            return None
+        return cls(options.log_spectral_criterion, config_from(options, "spectral"))
+
+    def gather(self) -> dict[int, CriterionRows]:
+        """The criterion by iteration, for what was measured since the last call; the same on every rank.
+
+        Collectives: one all-gather of objects over the world if an iteration was measured.
+        """
+        mine, self._parts = self._parts, {}
+        if not mine:
+            return {}
+        everywhere = gather_objects(mine)
+        return {iteration: rows(parts[iteration] for parts in everywhere) for iteration in mine}
 
     def around_train_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Look on at the forward passes, and at the gradients when they are complete."""
+        """Wrap Megatron's ``train_step`` so that forward passes and complete gradients are measured."""
 
         def train_step(*args: Any, iteration: int, **kwargs: Any) -> Any:
             if (iteration + 1) % self._interval:
@@ -142,36 +157,38 @@ def _is_known(p: ModelParameter, is_tied: bool) -> bool:
 
 
 def _is_shared(p: ModelParameter, is_tied: bool) -> bool:
-    """Whether a weight is used in several places: a tied embedding, or one that predicts several tokens."""
+    """Whether a weight is used in several places: tied, or in the prediction of several tokens."""
     several = is_tied or bool(p.config.mtp_num_layers)
     return several and bool(re.search(r"(^|\.)(word_embeddings|output_layer)\.weight$", p.name))
 
 
 class _NuclearNorms:
-    """What ``make_schedule`` needs to know of ``linalg.nuclear_norm``."""
+    """The costs of ``linalg.nuclear_norm``, by which ``make_schedule`` forms batches."""
 
     works_on_shards = True
 
     def polar_work(self) -> PolarWork:
+        """One Newton-Schulz iteration of ``_STEPS`` steps for each matrix."""
         return PolarWork(1, _STEPS)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Gradient, two iterates and a product, and squares of the short side."""
+        """Bytes of the gradient, two iterates, a product, and four squares of the short side."""
         return (4 * shape[0] * shape[1] + 4 * min(shape) ** 2) * dtype.itemsize
 
     def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
-        """Gradient, in float64 too, and squares."""
+        """Bytes of a rank's part of the gradient, in float64 too, and of six Gram matrices."""
         rows, columns = max(cut.lengths), cut.shape[1 - cut.dim]
         return 2 * rows * columns * dtype.itemsize + (rows * columns + 6 * columns**2) * 8
 
     def thin_sums(self, cut: Cut) -> None:
+        """No sums of thin blocks."""
         return None
 
 
 def _gradient_norms(
     model: Sequence[Any], parameters: Sequence[ModelParameter], shared: SpectralConfig, groups: Any
 ) -> dict[str, tuple[str, str, float, float]]:
-    """See ``Part.norms``; of this data-parallel rank's share of the weights."""
+    """``RankMeasurements.norms`` for this data-parallel rank's share of the weights."""
     _gather_gradients(model)
     mine: dict[Tensor, ParameterLayout] = {}
     for is_expert, group in ((False, groups.dp_cp), (True, groups.expt_dp)):
@@ -199,13 +216,13 @@ def _read_gradients(members: list[Member], places: list[Tensor]) -> None:
 
 
 def _gather_gradients(model: Sequence[Any]) -> None:
-    """Put the shards that the sharded optimizer's gradients were reduced in together, in place."""
+    """Make gradients whole, in place, that were reduced in shards for the sharded optimizer."""
     for chunk in model:
         if not chunk.ddp_config.use_distributed_optimizer:
             continue
         for buckets in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
             group = buckets.intra_distributed_optimizer_instance_group
             for bucket in buckets.buckets:
-                # Nobody else reads what lies outside a rank's shard.
+                # Nothing else reads the buffer outside a rank's own shard.
                 shard = bucket.grad_data.chunk(group.size())[group.rank()]
                 dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)

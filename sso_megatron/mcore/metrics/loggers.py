@@ -11,7 +11,7 @@ from sso_megatron.runs.tables import EMPTY, Table, Tables, headlines
 
 
 def writers() -> list[Any]:
-    """Functions of a dictionary of numbers and the iteration; none on a rank without a writer."""
+    """Functions ``write(numbers, iteration)`` that log numbers by tag; none on most ranks."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer
 
     found: list[Any] = []
@@ -29,7 +29,7 @@ def writers() -> list[Any]:
 
 
 def numbers(tables: Tables) -> dict[str, float]:
-    """By tag: of each column over a module's matrices the median and the largest magnitude.
+    """Numbers by tag: for each column the median and the largest magnitude over a module's matrices.
 
     Tags are ``spectral/<column>/<module>``, ``spectral-largest/<column>/<module>``, ``health/<headline>``
     and ``health/<column>/<layer>``.
@@ -52,7 +52,7 @@ def _by_row(column: str, table: Table, values: np.ndarray) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=1)
 def _places(rows: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Where the rows of each module are."""
+    """Places of each module's rows."""
     found: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         found.setdefault(place_of(row)[0], []).append(place)

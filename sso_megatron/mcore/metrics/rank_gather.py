@@ -1,4 +1,4 @@
-"""Numbers of all ranks brought together in one all-gather, and reduced row by row on the host."""
+"""Numbers of all ranks, brought together in one all-gather and reduced row by row on the host."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from torch import Tensor
 from sso_megatron.matrices.names import natural_order
 
 Key = tuple[str, int]
-"""A row, and which part of it a rank has: parts of one row are reduced, copies of one part count once."""
+"""Name of a row and number of its part: parts of a row are reduced, copies of a part count once."""
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """What a rank contributes to a table, always the same.
+    """Which numbers a rank contributes to a table, the same ones at every measurement.
 
     Attributes:
-        keys: rows and parts that this rank sends numbers of.
-        sums: columns whose parts add up; they come first.
-        maxima: columns of whose parts the largest counts.
+        keys: rows and parts that this rank sends numbers for.
+        sums: columns whose parts are added; they come first.
+        maxima: columns for which the largest part counts.
     """
 
     keys: Sequence[Key]
@@ -31,23 +31,23 @@ class Contribution:
 
     @property
     def num_columns(self) -> int:
-        """Numbers of a row."""
+        """How many numbers a key has."""
         return len(self.sums) + len(self.maxima)
 
     @property
     def numel(self) -> int:
-        """Numbers of this rank."""
+        """How many numbers this rank sends."""
         return len(self.keys) * self.num_columns
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the numbers of one sheet are among all ranks' numbers.
+    """Where the numbers of one table are among all ranks' numbers.
 
     Attributes:
-        rows: names, in their natural order.
-        first: ``(entries,)`` place of an entry's first number.
-        row: ``(entries,)`` the row that an entry is part of.
+        rows: names of rows, in their natural order.
+        first: ``(keys,)`` place of each key's first number.
+        row: ``(keys,)`` place in ``rows`` of each key's row.
     """
 
     rows: tuple[str, ...]
@@ -55,17 +55,37 @@ class _Places:
     row: np.ndarray
 
 
-class RankGather:
-    """Agrees once which rank sends what.
+def gather_objects[T](mine: T) -> list[T]:
+    """Objects of all ranks, in the order of ranks.
 
-    Collectives: one gather of objects over the world at construction; ``vector`` and ``tables`` issue none.
+    Collectives: one all-gather of objects over the world.
+    """
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, mine)
+    return everywhere
+
+
+def gather_vectors(vector: Tensor) -> Tensor:
+    """Vectors ``(n,)`` of all ranks as ``(world, n)`` on the device, which it does not wait for.
+
+    Collectives: one all-gather over the world.
+    """
+    gathered = vector.new_empty(dist.get_world_size(), vector.numel())
+    dist.all_gather_into_tensor(gathered.view(-1), vector)
+    return gathered
+
+
+class RankGather:
+    """Order of the numbers that ranks send, on which all ranks agree once.
+
+    Collectives: one all-gather of objects over the world at construction; ``vector`` and ``tables`` issue
+    none.
     """
 
     def __init__(self, contributions: Mapping[str, Contribution]) -> None:
-        """Take this rank's sheets; every rank has sheets of the same names, and those with keys columns."""
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, dict(contributions))
-        # A rank that has no spectral weights does not know their columns.
+        """Take this rank's contributions by table, the same tables on every rank."""
+        everywhere = gather_objects(dict(contributions))
+        # A rank without spectral weights does not know their columns.
         self._contributions = {
             name: next((found[name] for found in everywhere if found[name].num_columns), contribution)
             for name, contribution in contributions.items()
@@ -89,13 +109,13 @@ class RankGather:
         return _Places(tuple(rows), first, np.array([places[row] for row, _ in found], dtype=np.int64))
 
     def vector(self, values: Mapping[str, Tensor]) -> Tensor:
-        """This rank's numbers, ``(width,)`` float32, from ``(keys, columns)`` of each sheet."""
+        """This rank's numbers, ``(width,)`` float32, from ``(keys, columns)`` of each table."""
         parts = [values[name].float().flatten() for name in self._contributions]
         filled = sum(part.numel() for part in parts)
         return torch.cat([*parts, torch.zeros(self.width - filled, device=parts[0].device)])
 
     def tables(self, gathered: np.ndarray) -> dict[str, tuple[tuple[str, ...], dict[str, np.ndarray]]]:
-        """Rows and columns ``(rows,)`` float64 of each sheet, from ``(world, width)`` numbers."""
+        """Rows of each table and its columns, ``(rows,)`` float64, from ``(world, width)`` numbers."""
         flat, tables = gathered.reshape(-1).astype(np.float64), {}
         for name, contribution in self._contributions.items():
             places = self._places[name]

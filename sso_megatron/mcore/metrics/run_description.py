@@ -1,4 +1,4 @@
-"""What ``run.json`` says of a run: its optimizer, settings, layout and versions."""
+"""The content of ``run.json``: a run's optimizer, settings, layout and versions."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ from sso_megatron.mcore.flags.optimizers import OPTIMIZERS
 from sso_megatron.mcore.flags.parser import config_from, configs_from, group_sizes
 from sso_megatron.version import __version__
 
-# What of Megatron's own arguments two runs most often differ in.
+# Megatron's own arguments that most often differ between two runs.
 _TRAINING = (
     *("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "clip_grad", "seed"),
     *("global_batch_size", "seq_length", "num_layers", "hidden_size"),
@@ -24,7 +24,7 @@ def _precision(args: Any) -> str:
 
 
 def describe(args: Any) -> dict[str, Any]:
-    """What ``run.json`` says of a run with Megatron's validated arguments."""
+    """The content of ``run.json`` for a run with Megatron's validated arguments."""
     is_ours = args.optimizer in OPTIMIZERS
     varies = args.rampup_batch_size or args.step_batch_size_schedule
     settings, shared = configs_from(args) if is_ours else (None, config_from(args, "spectral"))
@@ -36,7 +36,7 @@ def describe(args: Any) -> dict[str, Any]:
         "world_size": args.world_size,
         "parallel": group_sizes(args),
         "tokens_per_iteration": None if varies else args.global_batch_size * args.seq_length,
-        # Whoever reads it may be in another folder.
+        # A reader may run in another folder.
         "save": args.save and os.path.abspath(args.save),
         "training": {
             **{name: getattr(args, name) for name in _TRAINING},

@@ -1,4 +1,4 @@
-"""``--log-spectral-metrics``: what the optimizer does to every weight, and the model's health."""
+"""Measurements for ``--log-spectral-metrics``: what a step does to every weight, and the model's health."""
 
 import contextlib
 from collections.abc import Callable
@@ -13,26 +13,37 @@ from sso_megatron.mcore.metrics.activations import ActivationMeter
 from sso_megatron.mcore.metrics.rank_gather import RankGather
 from sso_megatron.mcore.metrics.weights import WeightMeter
 from sso_megatron.mcore.optimizer.registration import spectral_optimizers
+from sso_megatron.mcore.parameters.devices import device_of
 from sso_megatron.runs.tables import Tables
 
 
 class Metrics:
-    """Measures every so many iterations, on the device; other iterations are not touched.
+    """Measures every ``interval``-th iteration on the device, and leaves the others alone.
 
-    Collectives: at the first such iteration one gather of objects over the world; those of
-    ``optimizers.measures.spectral_norms``. The numbers themselves travel with the recorder's.
+    Collectives: that of ``RankGather`` at the first measured iteration, and those of
+    ``optimizers.measures.spectral_norms`` at each. The recorder gathers the numbers themselves.
     """
 
     def __init__(self, interval: int, sees_activations: bool) -> None:
-        """Take the number of iterations, and whether the model's forward passes can be looked at."""
+        """Take the interval in iterations, and whether hooks see the model's forward passes."""
         self._interval = interval
         self._sees_activations = sees_activations
         self._meters: list[Any] = []
         self._gather: RankGather | None = None
         self._taken: Tensor | None = None
 
+    @classmethod
+    def from_options(cls, options: Any) -> "Metrics | None":
+        """What Megatron's arguments ask for; None if they do not ask."""
+        if not options.log_spectral_metrics:
+            return None
+        hidden = activation_meter.why_hidden(options)
+        if hidden and options.rank == 0:
+            print(f"sso_megatron: activations are not measured: {hidden}", flush=True)
+        return cls(options.log_spectral_metrics, sees_activations=not hidden)
+
     def around_train_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Measure the steps that end a measured iteration."""
+        """Wrap Megatron's ``train_step`` so that a measured iteration's step is measured."""
 
         def train_step(*args: Any, iteration: int | None = None, **kwargs: Any) -> Any:
             if iteration is None or (iteration + 1) % self._interval:
@@ -57,25 +68,21 @@ class Metrics:
 
         groups = ProcessGroupCollection.use_mpu_process_groups()
         is_sharded = get_args().use_layer_wise_distributed_optimizer
-        self._meters = [WeightMeter(spectral_optimizers(optimizer), is_sharded, groups)]
+        device = device_of(model)
+        self._meters = [WeightMeter(spectral_optimizers(optimizer), is_sharded, groups, device)]
         if self._sees_activations:
-            self._meters.append(ActivationMeter(model, groups))
+            self._meters.append(ActivationMeter(model, groups, device))
         self._gather = RankGather(
             {name: s for meter in self._meters for name, s in meter.contributions.items()}
         )
 
-    @property
-    def has_taken(self) -> bool:
-        """Whether ``take`` has something to give; the same on every rank."""
-        return self._taken is not None
-
     def take(self) -> Tensor | None:
-        """This rank's numbers of the last step, once, if it was measured; as many on every rank."""
+        """This rank's numbers of the last step if it was measured, only once; as many on every rank."""
         taken, self._taken = self._taken, None
         return taken
 
     def tables(self, gathered: np.ndarray) -> Tables:
-        """What ``(world, numbers)`` of all ranks come to."""
+        """The tables that the numbers of all ranks, ``(world, numbers)``, add up to."""
         assert self._gather is not None
         reduced = self._gather.tables(gathered)
         tables = {"matrices": weight_meter.table(reduced["parts"], reduced["whole"])}

@@ -17,21 +17,28 @@ _PARTS = ("weight_square", "update_square", "numel")
 
 
 class WeightMeter:
-    """Has optimizers measure a step, and takes this rank's share of the results.
+    """Has optimizers measure a step, and keeps this rank's share of the results.
 
-    Data-parallel ranks that step on the same matrices report every so many-th of them each. No collective.
+    Data-parallel ranks that step on the same matrices share out the reports among them. No collective.
     """
 
-    def __init__(self, optimizers: Sequence[SpectralOptimizer], is_sharded: bool, groups: Any) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence[SpectralOptimizer],
+        is_sharded: bool,
+        groups: Any,
+        device: torch.device,
+    ) -> None:
         """Find the matrices.
 
         Args:
-            optimizers: the spectral ones of this rank; all of one class.
+            optimizers: this rank's spectral optimizers, all of one class.
             is_sharded: whether data-parallel ranks step on different matrices.
             groups: Megatron's process groups.
+            device: where this rank's numbers are, of which it may have none.
         """
-        self._optimizers = optimizers
-        self._parts: list[tuple[str, Key]] = []  # by the name that the optimizer knows
+        self._optimizers, self._device = optimizers, device
+        self._parts: list[tuple[str, Key]] = []  # with the name that the optimizer has for the matrix
         self._whole: list[tuple[str, Key]] = []
         numels: list[int] = []
         for optimizer in optimizers:
@@ -45,14 +52,14 @@ class WeightMeter:
                     numels.append(member.split.read(member.param).numel())
                 for member in batch.here[rank::size]:
                     self._whole.append((member.name, (expert_by_itself(member.name), 0)))
-        self._numels = torch.tensor(numels, dtype=torch.float32, device="cuda")[:, None]
+        self._numels = torch.tensor(numels, dtype=torch.float32, device=device)[:, None]
         columns = {name for optimizer in optimizers for name in optimizer.columns}
         order = [name for optimizer in optimizers for name in optimizer.columns]
         self._columns = tuple(sorted(columns, key=order.index))
 
     @property
     def contributions(self) -> dict[str, Contribution]:
-        """What this rank reports: parts of matrices, and matrices that it works on."""
+        """Rows that this rank reports: its parts of matrices, and the matrices that it works on."""
         return {
             "parts": Contribution([key for _, key in self._parts], sums=_PARTS),
             "whole": Contribution([key for _, key in self._whole], sums=self._columns),
@@ -64,7 +71,7 @@ class WeightMeter:
             optimizer.measures = StepMeasures()
 
     def finish(self) -> dict[str, Tensor]:
-        """Numbers of ``contributions``; NaN where no step was taken."""
+        """The numbers for ``contributions``; NaN where no step was taken."""
         parts: dict[str, Tensor] = {}
         whole: dict[str, Tensor] = {}
         for optimizer in self._optimizers:
@@ -72,27 +79,29 @@ class WeightMeter:
             parts |= optimizer.measures.parts
             whole |= optimizer.measures.whole
             optimizer.measures = None
-        squares = _rows([name for name, _ in self._parts], parts, len(_PARTS) - 1)
+        squares = self._stacked(self._parts, parts, len(_PARTS) - 1)
         return {
             "parts": torch.cat([squares, self._numels], dim=1),
-            "whole": _rows([name for name, _ in self._whole], whole, len(self._columns)),
+            "whole": self._stacked(self._whole, whole, len(self._columns)),
         }
 
-
-def _rows(names: list[str], values: dict[str, Tensor], num_columns: int) -> Tensor:
-    unknown = torch.full((num_columns,), torch.nan, device="cuda")
-    rows = [values.get(name, unknown) for name in names]
-    return torch.stack(rows) if rows else unknown.new_empty(0, num_columns)
+    def _stacked(
+        self, matrices: list[tuple[str, Key]], values: dict[str, Tensor], num_columns: int
+    ) -> Tensor:
+        """``(matrices, columns)``, NaN for a matrix without values."""
+        unknown = torch.full((num_columns,), torch.nan, device=self._device)
+        rows = [values.get(name, unknown) for name, _ in matrices]
+        return torch.stack(rows) if rows else unknown.new_empty(0, num_columns)
 
 
 def table(
     parts: tuple[tuple[str, ...], dict[str, np.ndarray]],
     whole: tuple[tuple[str, ...], dict[str, np.ndarray]],
 ) -> Table:
-    """The table ``matrices`` from the reduced sheets.
+    """The table ``matrices`` from rows and columns that ``RankGather`` has reduced.
 
-    ``update_rms`` and ``update_ratio`` are those of the weight's whole change in the step: retraction and
-    weight decay are in it.
+    ``update_rms`` and ``update_ratio`` measure the weight's whole change in the step, which includes
+    retraction and weight decay.
     """
     rows, sums = parts
     if not rows:

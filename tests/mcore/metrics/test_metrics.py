@@ -149,6 +149,12 @@ DENSE = ["--num-layers", 4, "--spectral-mup-init", *EVERY]
 LAYOUTS = {
     "virtual": (4, 1, [*PP2, *VPP2, DIST, "--overlap-grad-reduce", "--micro-batch-size", 1]),
     "tp2-duplicated-dp2": (4, 2, ["--spectral-tp-mode", "duplicated"]),
+    # The third pipeline stage has no parameter.
+    "empty-stage": (
+        4,
+        1,
+        ["--pipeline-model-parallel-size", 4, "--pipeline-model-parallel-layout", "Et|tt||tL"],
+    ),
 }
 
 
