@@ -80,9 +80,11 @@ def judge(
     """Figures ``(b,)`` of a direction: all arguments float64, ``M`` of Frobenius norm 1.
 
     ``lost`` is the part of the best objective that the direction has not, without ``lost_by_msign``:
-    what the polynomial itself loses against the polar factor at the same ``lam``.
+    what the polynomial itself loses against the polar factor at the same ``lam``. ``smallest`` is the
+    smallest singular value of ``Z = M + lam u v^T``, by ``||Z||_F``.
     """
     line = Line(M, u, v)
+    _, S, _ = line.svd(lam)
     best_lam, best = exact_root(line, lam)
     by_msign = line.lost_by_polynomial(lam, rule.coefficients) / best
     return {
@@ -90,6 +92,7 @@ def judge(
         "lost": 1 - (M * Phi).sum(dim=(-2, -1)) / best - by_msign,
         "lost_by_msign": by_msign,
         "norm": torch.linalg.svdvals(Phi)[:, 0],
+        "smallest": S[:, -1] / torch.linalg.vector_norm(S, dim=-1),
         "best_lam": best_lam,
     }
 

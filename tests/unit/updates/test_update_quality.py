@@ -155,10 +155,12 @@ def test_adversarial(problem: str, shape: tuple[int, int], all_reduce: Any) -> N
     for figures in found.values():
         assert all(figure.isfinite().all() for figure in figures.values())
         assert figures["residual"].max() <= 1e-4
-        # msign's polynomial does not exceed 1, and a rotation keeps the norm: a thousandth, as of the
-        # objective. Far from the root a rotation may not do, and what it leaves of h is subtracted.
-        h = figures["h"].abs()
-        assert (figures["norm"] <= 1 + torch.where(h <= 0.3, 1e-3, h)).all()
+        # msign's polynomial does not exceed 1 and a rotation keeps the norm: what is left is rounding, of
+        # eight steps. Far from the root a rotation may not do, and what it leaves of h is subtracted. Where
+        # Z is singular rounding has directions of its own.
+        h, eps = figures["h"].abs(), torch.finfo(torch.float32).eps
+        bound = 1 + torch.where(h <= 0.3, 8 * max(shape) ** 0.5 * eps, h)
+        assert ((figures["norm"] <= bound) | (figures["smallest"] < 100 * eps)).all()
     for (_, step), figures in found.items():
         if step in (0, 4):
             # Where Z is singular msign's own part has no meaning; what is lost in all is then the measure.
