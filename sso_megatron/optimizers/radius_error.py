@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from sso_megatron.linalg.spectral_norm import spectral_norm
+from sso_megatron.linalg.norms.spectral_norm import spectral_norm
 from sso_megatron.optimizers.sso import SSO
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sso_megatron.linalg.coefficients import polar_coefficients
-from sso_megatron.linalg.nuclear_norm import norms
+from sso_megatron.linalg.norms.nuclear_norm import norms
 from sso_megatron.matrices.layout import ParameterLayout
 from sso_megatron.mcore.flags.parser import config_from
 from sso_megatron.mcore.metrics.input_stable_rank import InputStableRank
@@ -163,7 +163,7 @@ def _is_shared(p: ModelParameter, is_tied: bool) -> bool:
 
 
 class _NuclearNorms:
-    """The costs of ``linalg.nuclear_norm``, by which ``make_schedule`` forms batches."""
+    """The costs of ``linalg.norms.nuclear_norm``, by which ``make_schedule`` forms batches."""
 
     works_on_shards = True
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sso_megatron.linalg.norms.stable_rank import COLUMNS, StreamedRows, add_rows, squared_norms
 from sso_megatron.linalg.shard_view import ShardView
-from sso_megatron.linalg.stable_rank import COLUMNS, StreamedRows, add_rows, squared_norms
 from sso_megatron.mcore.parameters.layouts import ModelParameter
 from sso_megatron.parallel.shards import all_reduce, sum_over
 
@@ -23,7 +23,7 @@ class InputStableRank:
     Hooks see activations that are recomputed in the backward pass twice, which changes no stable rank.
 
     Collectives in forward passes: where the columns of ``A`` are cut, those of
-    ``linalg.stable_rank.add_rows`` over the tensor-parallel group.
+    ``linalg.norms.stable_rank.add_rows`` over the tensor-parallel group.
     """
 
     def __init__(self, parameters: Sequence[ModelParameter], pg_collection: Any) -> None:
@@ -77,7 +77,7 @@ class InputStableRank:
 
         Collectives: one all-reduce for each embedding. Other weights are batched by the width of their
         activations and by the group of ranks that saw other tokens; each batch takes one all-reduce and
-        those of ``linalg.stable_rank.squared_norms`` over that group, and where columns are cut one more
+        those of ``linalg.norms.stable_rank.squared_norms`` over that group, and where columns are cut one more
         over the tensor-parallel group.
         """
         found: dict[str, float] = {}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sso_megatron.linalg.spectral_norm import spectral_norm
+from sso_megatron.linalg.norms.spectral_norm import spectral_norm
 from sso_megatron.matrices.layout import Split
 from sso_megatron.matrices.scaling import target_radius
 from sso_megatron.mcore.checkpoint.compatibility import stored_contents

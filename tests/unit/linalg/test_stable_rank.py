@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sso_megatron.linalg.coefficients import polar_coefficients
-from sso_megatron.linalg.nuclear_norm import norms
+from sso_megatron.linalg.norms.nuclear_norm import norms
+from sso_megatron.linalg.norms.stable_rank import StreamedRows, add_rows, squared_norms
 from sso_megatron.linalg.shard_view import ShardView
-from sso_megatron.linalg.stable_rank import StreamedRows, add_rows, squared_norms
 from sso_megatron.mcore.metrics.input_stable_rank import _normed
 
 N = 128

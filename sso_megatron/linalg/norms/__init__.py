@@ -1,0 +1,1 @@
+"""Norms of matrices, and the ranks that are ratios of them."""
