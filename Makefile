@@ -8,16 +8,17 @@ SHELL := bash
 
 OPTIMIZER ?= sso
 ARGS ?=
+TESTS ?= tests
 
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 WHEELS := .wheels
 
-.PHONY: help venv pretrain wheels test lint bench docs clean distclean
+.PHONY: help venv pretrain wheels test quick lint bench docs clean distclean
 
 help: ## show this list
-	@echo 'usage: make TARGET [OPTIMIZER=sso] [ARGS="..."] [PYTHON=/path/to/python3.12]'
+	@echo 'usage: make TARGET [OPTIMIZER=sso] [TESTS=path] [ARGS="..."] [PYTHON=/path/to/python3.12]'
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 	@echo 'PYTHON is the interpreter that .venv is made from; make distclean first to change it.'
 
@@ -50,9 +51,15 @@ $(WHEELS)/.fetched: sso_megatron/mcore/compat/versions.py | $(STAMP)
 	touch $@
 
 # Two workers that each compute on all cores wait for one another: a thread each is five times as fast.
-# Files in the order of their names, as xdist's own order leaves those of few and long tests to the end.
-test: $(STAMP) ## run the tests; ARGS are passed to pytest
-	@OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+# Files in the order that tests/conftest.py gives, since xdist's own leaves those of few and long tests to the
+# end.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest $(TESTS) -n 2 --dist loadfile --no-loadscope-reorder
+
+test: $(STAMP) ## run the tests, or those of TESTS=path; ARGS are passed to pytest
+	@$(PYTEST) $(ARGS)
+
+quick: $(STAMP) ## run those that need no Megatron process, in less than a minute; TESTS and ARGS as for test
+	@$(PYTEST) -q -m 'not (megatron or browser or slurm or gpu or slow)' $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy, the import contracts, shellcheck, no paths of a home directory
 	@status=0; run() { echo "-- $$*"; "$$@" || status=1; }; \

@@ -33,7 +33,7 @@ def on_page_content(html: str, **_: object) -> str:
 
 def _published() -> Iterator[Path]:
     yield from sorted(ROOT.glob("*.md"))
-    yield ROOT / "LICENSE"
+    yield from (ROOT / "LICENSE", ROOT / "tests" / "README.md")
     for folder in FOLDERS:
         found = sorted(path for path in (ROOT / folder).rglob("*") if path.is_file())
         yield from (path for path in found if "__pycache__" not in path.parts)

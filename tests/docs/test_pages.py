@@ -1,4 +1,4 @@
-"""The pages' form: short lines, a short README, and a picture of the package that names every module."""
+"""The pages' form: short lines, a short README, and a picture of the house that names every room."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 from helpers.pages import blocks, pages
-from helpers.paths import ROOT
+from helpers.paths import PACKAGE, ROOT
+
+DEVELOPMENT = ROOT / "docs" / "development.md"
 
 
 def test_the_readme_is_short() -> None:
@@ -19,18 +21,26 @@ def test_lines_are_short(page: Path) -> None:
         assert len(line) <= 108 or line.startswith("|"), f"{page.name}:{number} has {len(line)} characters"
 
 
-def test_the_picture_of_the_package_is_complete() -> None:
-    """docs/development.md names every module, in its folder's part of the picture, and no other."""
-    page = ROOT / "docs" / "development.md"
-    picture = next(block for block in blocks(page, "") if block.startswith("sso_megatron/"))
-    shown, folder = set(), ""
+def test_the_picture_of_the_house_is_complete() -> None:
+    """docs/development.md names every room, with the rooms of cli and mcore, and no other."""
+    picture = next(block for block in blocks(DEVELOPMENT, "") if block.startswith("sso_megatron/"))
+    shown, floor = set(), ""
     for line in picture.splitlines()[1:]:
-        if match := re.match(r"  (\w+/) ", line):
-            folder = match[1]
-            continue
-        names = re.findall(r"\w+\.py", line)
-        shown |= {f"{folder if line.startswith('    ') else ''}{name}" for name in names}
-    package = ROOT / "sso_megatron"
-    there = {str(path.relative_to(package)) for path in package.rglob("*.py")}
-    there = {name for name in there if not name.endswith("/__init__.py")}
-    assert shown == there, "draw docs/development.md's picture anew"
+        if match := re.match(r"  (\w+)/ ", line):
+            floor = match[1]
+            shown.add(floor)
+        elif match := re.match(r"    (\w+)/ ", line):
+            shown.add(f"{floor}/{match[1]}")
+    rooms = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*/__init__.py")}
+    assert shown == {room for room in rooms if "/" not in room or room.startswith(("cli/", "mcore/"))}
+
+
+def test_no_room_is_a_drawer() -> None:
+    for room in (path.parent for path in PACKAGE.rglob("__init__.py")):
+        assert len(list(room.glob("*.py"))) <= 14, f"{room}: find the rooms in it"
+
+
+def test_the_files_to_read_first_are_there() -> None:
+    section = DEVELOPMENT.read_text(encoding="utf-8").split("## Read these six files first\n")[1]
+    files = re.findall(r"^\d\. `(\S+)`", section.split("\n## ")[0], re.MULTILINE)
+    assert len(files) == 6 and all((ROOT / file).is_file() for file in files)

@@ -18,7 +18,11 @@ from helpers.paths import ROOT
 from helpers.processes import HANGS_AFTER
 
 FOLDERS = runpy.run_path(str(ROOT / "docs" / "theme" / "hook.py"))["FOLDERS"]
-SOURCES = [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))]
+SOURCES = [
+    *ROOT.glob("*.md"),
+    ROOT / "tests" / "README.md",
+    *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md")),
+]
 HOSTS = {
     "arxiv.org",
     "developercertificate.org",
