@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from helpers.processes import HANGS_AFTER
 from sso_megatron.cli.data import command as data
 from sso_megatron.cli.data.corpus import File, assign_splits
 from sso_megatron.cli.main import main
@@ -386,3 +389,21 @@ def test_the_standard_library_is_a_corpus_of_millions_of_bytes(tmp_path: Path) -
     place = names(info)[split].index("argparse.py")
     dataset = indexed_dataset().IndexedDataset(info.prefixes[split])  # its arrays die with it: keep it
     assert bytes(dataset[place][:-1].astype(np.uint8)) == Path(argparse.__file__).read_bytes()
+
+
+def test_a_toolkit_without_a_device_is_not_mentioned(tmp_path: Path) -> None:
+    """torch warns of it when Megatron is imported, which says nothing to somebody who prepares data."""
+    (tmp_path / "text").mkdir()
+    for number in range(6):
+        (tmp_path / "text" / f"{number}.py").write_text("print()\n" * number)
+    command = [sys.executable, "-m", "sso_megatron.cli.main", "data", "--input", str(tmp_path / "text")]
+    ended = subprocess.run(
+        [*command, "--output", str(tmp_path / "out" / "d")],
+        env=os.environ | {"CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=HANGS_AFTER,
+        check=True,
+    )
+    assert "CUDA" not in ended.stderr
+    assert ended.stdout.splitlines()[-1].startswith("train on it with: ")

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from sso_megatron.cli.data.corpus import (
     make_encoder,
     sha256,
 )
+from sso_megatron.cli.shared.megatron_process import without_noise
 
 DEFAULT_SPLIT = (0.9, 0.05, 0.05)
 
@@ -178,8 +178,7 @@ def _write(
     temp: Path, chosen: dict[str, list[File]], tokenizer: str, skipped: Skipped, quiet: bool
 ) -> dict[str, Any]:
     """Write the data files into `temp`, add to `skipped`, return what the json says of them."""
-    with warnings.catch_warnings():  # of no concern to somebody who prepares data
-        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    with without_noise():  # what is missing for training is of no concern to somebody who prepares data
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     from rich.console import Console
     from rich.progress import Progress
