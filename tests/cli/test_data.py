@@ -50,7 +50,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def make(corpus: Path, output: Path, **options: object) -> data.DatasetInfo:
-    return data.prepare(output, [corpus], GLOBS, quiet=True, **options)  # type: ignore[arg-type]
+    return data.prepare(output, [corpus], GLOBS, quiet=True, **options)
 
 
 def names(info: data.DatasetInfo) -> dict[str, list[str]]:

@@ -71,7 +71,7 @@ def test_loss_against_iterations_time_and_tokens(dense: Path, adam: Path) -> Non
         assert list(tokens) == [4 * 32 * record["iteration"] for record in records]
     validation = json.loads((dense / "summary.json").read_text())["val_loss"]
     (star,) = [line for line in by_iteration.lines if line.get_marker() == "*"]
-    assert (star.get_xdata()[0], star.get_ydata()[0]) == (6, validation)  # type: ignore[index]
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (6, validation)
 
 
 KINDS = {
@@ -130,7 +130,7 @@ def test_the_tolerance_is_that_of_bisection(dense: Path) -> None:
         assert figure is not None
         for axis in figure.axes:
             dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
-            assert [list(line.get_ydata()) for line in dotted] == wanted  # type: ignore[arg-type]
+            assert [list(line.get_ydata()) for line in dotted] == wanted
         # One scale in all panels.
         assert len({(axis.get_yscale(), axis.get_ylim()) for axis in figure.axes}) == 1
 
@@ -200,7 +200,7 @@ def test_a_dead_expert_is_marked(moe: Path) -> None:
     figure = plot_layers.expert_load([run])
     assert figure is not None
     (crosses,) = [line for line in figure.axes[0].lines if line.get_marker() == "x"]
-    assert list(crosses.get_xdata()) == [0, 3] and list(crosses.get_ydata()) == [0, 0]  # type: ignore[arg-type]
+    assert list(crosses.get_xdata()) == [0, 3] and list(crosses.get_ydata()) == [0, 0]
 
 
 def test_layers_of_multi_token_prediction_follow_the_decoder_s() -> None:

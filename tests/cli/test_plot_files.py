@@ -89,7 +89,7 @@ def test_alarms_in_the_report(moe: Path) -> None:
     figure = plot_training.loss([run])
     assert figure is not None
     (ticks,) = [line for line in figure.axes[0].lines if line.get_marker() == "|"]
-    assert list(ticks.get_xdata()) == [2, 4, 5, 6]  # type: ignore[arg-type]
+    assert list(ticks.get_xdata()) == [2, 4, 5, 6]
 
 
 def test_hundreds_of_layers_and_thousands_of_matrices(dense: Path, tmp_path: Path) -> None:

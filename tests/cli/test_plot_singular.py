@@ -99,7 +99,7 @@ def test_what_is_drawn(dense: Run, megatron: Megatron) -> None:
     for height, count in zip(heights, counts, strict=True):
         assert height == pytest.approx(0.9 * count / max(map(max, counts)))
     (line,) = axis.lines
-    assert line.get_xdata()[0] == pytest.approx((64 / 96) ** 0.5)  # type: ignore[index]
+    assert line.get_xdata()[0] == pytest.approx((64 / 96) ** 0.5)
     (run,) = load([dense.folder])
     run.tables["matrices"].columns["radius"][:] = np.nan
     assert not plot_singular.draw([run], [found]).axes[0].lines, "none is known"

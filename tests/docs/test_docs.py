@@ -61,7 +61,7 @@ def test_every_fence_has_a_language_that_is_checked_or_plain() -> None:
 
 
 @pytest.mark.parametrize("page", PYTHON, ids=[str(p.relative_to(ROOT)) for p in PYTHON])
-def test_python_blocks(page, megatron, tmp_path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_python_blocks(page, megatron, tmp_path, monkeypatch, capsys) -> None:
     if any(re.search(r"megatron\.core|sso_megatron\.mcore", block) for block in blocks(page, "python")):
         # It makes process groups, redirects CUDA or adds to the table of optimizers: not in this process.
         megatron.run([str(page)], main="command_probes:execute_page")
@@ -235,7 +235,7 @@ CHECKS = {
 @pytest.mark.parametrize(
     ("page", "words"), COMMANDS, ids=[f"{page.name}: {shlex.join(words)[:50]}" for page, words in COMMANDS]
 )
-def test_commands(page, words, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_commands(page, words, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("README.md", "docs"):  # input files that data.md names
         (tmp_path / name).symlink_to(ROOT / name)
@@ -305,7 +305,7 @@ def megatron_command_lines() -> list[tuple[str, int, list[str], bool]]:
     return found
 
 
-def test_flags_parse(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_flags_parse(megatron) -> None:
     lines = megatron_command_lines()
     assert any(is_complete for *_, is_complete in lines)
     megatron.run([json.dumps(lines)], main="command_probes:parse_flags")
@@ -314,14 +314,14 @@ def test_flags_parse(megatron) -> None:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(
     "flags", [["--sso-no-such-flag", "1"], ["--optimizer", "ssso"], ["--sso-tangent", "sideways"]]
 )
-def test_wrong_flags_do_not_parse(megatron, flags) -> None:  # type: ignore[no-untyped-def]
+def test_wrong_flags_do_not_parse(megatron, flags) -> None:
     """The check above can fail."""
     lines = [("nowhere", 1, ["--optimizer", "sso", *flags], False)]
     run = megatron.run([json.dumps(lines)], main="command_probes:parse_flags", fails=True)
     assert run.codes != [0]
 
 
-def test_experiments_render(megatron, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_experiments_render(megatron, tmp_path) -> None:
     """Every YAML block is an experiment; the first point of its sweep is rendered, if it has one."""
     texts = [block for page in PAGES for block in blocks(page, "yaml")]
     lines = []

@@ -15,7 +15,7 @@ from sso_megatron.mcore.flags.optimizers import OPTIMIZERS, config_classes
 GENERATE = runpy.run_path(str(ROOT / "docs" / "generate.py"))
 
 
-def test_the_page_of_flags_is_the_parser(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_the_page_of_flags_is_the_parser(megatron) -> None:
     """Megatron's own parser gets no flag that the page lacks, and each has one row, as it is now."""
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert GENERATE["refreshed"](page) == page, "refresh it with python docs/generate.py"
@@ -29,7 +29,7 @@ def test_the_page_of_flags_is_the_parser(megatron) -> None:  # type: ignore[no-u
     assert not megatrons & ours
 
 
-def test_switching_names_flags_that_there_are(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_switching_names_flags_that_there_are(megatron) -> None:
     """Of the authors' fork nothing is installed."""
     page = (ROOT / "docs" / "switching.md").read_text(encoding="utf-8")
     named = {flag for flag in re.findall(r"--[a-z][\w-]+\w(?![\w-])", page) if "spectral-ball" not in flag}
@@ -39,7 +39,7 @@ def test_switching_names_flags_that_there_are(megatron) -> None:  # type: ignore
     assert named - runs - plans <= megatrons | ours
 
 
-def flags_of_megatron(megatron) -> tuple[set[str], set[str]]:  # type: ignore[no-untyped-def]
+def flags_of_megatron(megatron) -> tuple[set[str], set[str]]:
     """Those of its own, and those that its parser has because of us."""
     run = megatron.run(["flags.json"], main="command_probes:list_flags")
     theirs, all_flags = (set(flags) for flags in json.loads((run.folder / "flags.json").read_text()))

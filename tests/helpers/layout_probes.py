@@ -80,7 +80,7 @@ def _nest(leaves: dict[str, nn.Module]) -> nn.Module:
         for part in path:
             if part not in module._modules:
                 module.add_module(part, nn.Module())
-            module = module._modules[part]  # type: ignore[assignment]
+            module = module._modules[part]
         module.add_module(last, leaf)
     return root
 
@@ -90,8 +90,8 @@ def _linear(weights: dict[str, torch.Tensor]) -> nn.Module:
     layer = nn.Module()
     for name, value in weights.items():
         param = nn.Parameter(value)
-        param.allreduce = False  # type: ignore[attr-defined]
-        param.tensor_model_parallel, param.partition_dim = True, 0  # type: ignore[attr-defined]
+        param.allreduce = False
+        param.tensor_model_parallel, param.partition_dim = True, 0
         layer.register_parameter(name, param)
     return layer
 
@@ -126,8 +126,8 @@ def stored_experts() -> None:
                 }.get(form, {f"weight{i}": torch.zeros(rows, columns) for i in range(count)})
                 leaves[f"module.decoder.layers.0.mlp.experts.{name}"] = _linear(stored)
             model = _nest(leaves)
-            model.get_submodule("module.decoder.layers.0").layer_number = 2  # type: ignore[assignment]
-            model.config = copy.copy(config)  # type: ignore[assignment]
+            model.get_submodule("module.decoder.layers.0").layer_number = 2
+            model.config = copy.copy(config)
             model.config.moe_mlp_glu_interleave_size = 4 if form == "interleaved" else None
             return model
 
@@ -167,7 +167,7 @@ def hybrid_names() -> None:
 
         groups = ProcessGroupCollection.use_mpu_process_groups()
         attention, mlp = get_gpt_layer_local_submodules(), get_gpt_layer_local_submodules()
-        attention.mlp = mlp.self_attention = IdentityOp  # type: ignore[assignment]
+        attention.mlp = mlp.self_attention = IdentityOp
         stack = HybridStack(
             get_model_config(model_chunks[0]),
             HybridStackSubmodules(

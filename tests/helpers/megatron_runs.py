@@ -82,11 +82,11 @@ class Run:
             for rank in range(len(self.codes))
         ]
 
-    def merged(self, name: str) -> dict:  # type: ignore[type-arg]
+    def merged(self, name: str) -> dict:
         """The union of the dictionaries that all ranks saved; shared entries must agree."""
-        union: dict = {}  # type: ignore[type-arg]
+        union: dict = {}
         for part in self.saved(name):
-            for key, value in part.items():  # type: ignore[attr-defined]
+            for key, value in part.items():
                 if key in union and isinstance(value, torch.Tensor):
                     torch.testing.assert_close(value, union[key], rtol=0, atol=0)
                 union[key] = value
@@ -140,7 +140,7 @@ def free_port() -> int:
 class Megatron:
     """Starts runs through the zygote."""
 
-    def __init__(self, process: subprocess.Popen, base: Path) -> None:  # type: ignore[type-arg]
+    def __init__(self, process: subprocess.Popen, base: Path) -> None:
         self.process = process
         self.base = base
         self.count = 0

@@ -3,13 +3,13 @@
 import numpy as np
 
 
-def noise_problem(shape: tuple[int, int], seed: int):  # type: ignore[no-untyped-def]
+def noise_problem(shape: tuple[int, int], seed: int):
     """Gradients of pure noise."""
     rng = np.random.default_rng(seed)
     return lambda W: rng.standard_normal(shape)
 
 
-def low_rank_problem(shape: tuple[int, int], seed: int):  # type: ignore[no-untyped-def]
+def low_rank_problem(shape: tuple[int, int], seed: int):
     """Pull towards a matrix of rank 3, plus noise: the momentum has a few large directions."""
     rng = np.random.default_rng(seed)
     target = rng.standard_normal((shape[0], 3)) @ rng.standard_normal((3, shape[1]))

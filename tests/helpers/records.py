@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 
-def lines(folder: Path, name: str) -> list[dict]:  # type: ignore[type-arg]
+def lines(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 

@@ -34,7 +34,7 @@ def _sum_in_parts(num_parts: int) -> None:
 
     def rows(self: Any, input: torch.Tensor, weight: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         cut = zip(input.chunk(num_parts, -1), weight.chunk(num_parts, -1), strict=True)
-        return sum(whole_rows(self, input=x, weight=w, **kwargs) for x, w in cut)  # type: ignore[return-value]
+        return sum(whole_rows(self, input=x, weight=w, **kwargs) for x, w in cut)
 
     ColumnParallelLinear._forward_impl, RowParallelLinear._forward_impl = columns, rows
 

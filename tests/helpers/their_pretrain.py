@@ -14,7 +14,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
 
-def model_provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):  # type: ignore[no-untyped-def]
+def model_provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
     args = get_args()
     return GPTModel(
         config=config or core_transformer_config_from_args(args),
@@ -32,7 +32,7 @@ def model_provider(pre_process=True, post_process=True, vp_stage=None, config=No
     )
 
 
-def datasets(num_samples, vp_stage=None):  # type: ignore[no-untyped-def]
+def datasets(num_samples, vp_stage=None):
     args = get_args()
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -46,13 +46,13 @@ def datasets(num_samples, vp_stage=None):  # type: ignore[no-untyped-def]
     return BlendedMegatronDatasetBuilder(MockGPTDataset, num_samples, lambda: True, config).build()
 
 
-def loss_func(mask, output):  # type: ignore[no-untyped-def]
+def loss_func(mask, output):
     loss = (output.float() * mask).sum()
     count = mask.sum().to(torch.int)
     return loss, count, {"lm loss": torch.cat([loss.detach().view(1), count.view(1)])}
 
 
-def forward_step(iterator, model):  # type: ignore[no-untyped-def]
+def forward_step(iterator, model):
     batch = {key: value.cuda() for key, value in next(iterator).items() if torch.is_tensor(value)}
     names = ("tokens", "position_ids", "attention_mask", "labels")
     tokens, positions, mask, labels = (batch.get(name) for name in names)
@@ -60,7 +60,7 @@ def forward_step(iterator, model):  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    datasets.is_distributed = True  # type: ignore[attr-defined]
+    datasets.is_distributed = True
     parsed = parse_and_validate_args()
     container = pretrain_cfg_container_from_args(parsed)
     pretrain(  # by name: the order differs between versions

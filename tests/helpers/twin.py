@@ -16,7 +16,7 @@ class Twin:
     def params(self) -> list[torch.nn.Parameter]:
         return [torch.nn.Parameter(v.clone()) for v in self.values]
 
-    def train(self, params, optimizers, steps, lrs=None) -> None:  # type: ignore[no-untyped-def]
+    def train(self, params, optimizers, steps, lrs=None) -> None:
         for step in steps:
             for p, g in zip(params, self.gradients[step], strict=True):
                 p.grad = g.clone()

@@ -165,7 +165,7 @@ def jobs(submit: Submit, patience: float, sweep: Path) -> Jobs:
 
 
 @pytest.fixture(scope="module")
-def reference(megatron, tmp_path_factory) -> dict[int, float]:  # type: ignore[no-untyped-def]
+def reference(megatron, tmp_path_factory) -> dict[int, float]:
     """Losses of the same experiment on one rank, without Slurm."""
     words = subprocess.run(
         [sys.executable, "-m", "sso_megatron.cli.main", "render", "--null", EXPERIMENT, *FLAGS],

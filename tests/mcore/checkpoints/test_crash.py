@@ -209,8 +209,8 @@ def test_an_iteration_that_is_saved_again_is_there_at_every_step(
         (partial_of(folder) / name).write_text(text)
     done = 0
 
-    def counted(original):  # type: ignore[no-untyped-def]
-        def call(*args):  # type: ignore[no-untyped-def]
+    def counted(original):
+        def call(*args):
             nonlocal done
             if done == steps:
                 raise Killed

@@ -209,9 +209,7 @@ def test_a_missing_key(megatron: Megatron, damaged: Path, key: str, way_out: str
     ],
     ids=["hidden", "layers", "ffn", "vocabulary", "experts"],
 )
-def test_another_model(  # type: ignore[no-untyped-def]
-    megatron: Megatron, sound: Path, flags, then: str, now: str, shapes: str
-) -> None:
+def test_another_model(megatron: Megatron, sound: Path, flags, then: str, now: str, shapes: str) -> None:
     run = assert_refused(megatron, load(sound, *flags), shapes)
     assert then in run.log
     assert f"and this run has {now}" in run.log

@@ -21,7 +21,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_equals_an_uninterrupted_one(kind, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_resumed_run_equals_an_uninterrupted_one(kind, tmp_path) -> None:
     """Through a file, after three of six steps."""
     twin = Twin(*random_values(*DTYPES))
     straight, before, after = twin.params(), twin.params(), twin.params()
@@ -40,7 +40,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind, tmp_path) -> None:  # t
 
 
 @pytest.mark.parametrize("kind", ["muon_sphere", "bisection"])
-def test_the_search_starts_anew_after_optimizers_that_set_no_start(kind) -> None:  # type: ignore[no-untyped-def]
+def test_the_search_starts_anew_after_optimizers_that_set_no_start(kind) -> None:
     """Two trials from a lambda that nobody has looked for would not find it."""
     twin = Twin(*random_values(torch.float32, torch.float32))
     params = twin.params()

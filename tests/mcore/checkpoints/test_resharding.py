@@ -109,18 +109,18 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_dense(megatron, tp2_pp2, target) -> None:  # type: ignore[no-untyped-def]
+def test_dense(megatron, tp2_pp2, target) -> None:
     go_on(megatron, TARGETS[target], [], tp2_pp2)
 
 
 @pytest.mark.parametrize("optimizer", ["muon_sphere", *FAMILY])
-def test_another_optimizer(megatron, optimizer) -> None:  # type: ignore[no-untyped-def]
+def test_another_optimizer(megatron, optimizer) -> None:
     base = ["--optimizer", optimizer, *FAMILY.get(optimizer, [])]
     start = straight(megatron, Layout(2, flags=(*SHARDED,)), base)
     go_on(megatron, Layout(2, tp=2), base, start)
 
 
-def test_masters_of_bfloat16(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_masters_of_bfloat16(megatron) -> None:
     """Sharded and not: float32 masters and moments by value, losses as other orders of summation do."""
     base, sharded = ["--bf16"], Layout(2, flags=(*SHARDED,))
     start = straight(megatron, sharded, base)
@@ -135,7 +135,7 @@ def test_masters_of_bfloat16(megatron) -> None:  # type: ignore[no-untyped-def]
 FOUND_AGAIN = "they are found again"
 
 
-def test_singular_vectors_are_found_again_for_other_matrices_only(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_singular_vectors_are_found_again_for_other_matrices_only(megatron) -> None:
     distributed = Layout(2, tp=2, flags=("--spectral-tp-mode", "distributed"))
     start = straight(megatron, distributed, [])
     assert FOUND_AGAIN not in go_on(megatron, Layout(1), [], start).log
@@ -157,7 +157,7 @@ def of_experts(megatron: Megatron) -> Callable[..., Run]:
 
 @pytest.mark.parametrize("who", EXPERTS)
 @pytest.mark.parametrize("exclude", [[], ["--spectral-exclude", "local_experts"]], ids=["sso", "adamw"])
-def test_experts(megatron, of_experts, who, exclude) -> None:  # type: ignore[no-untyped-def]
+def test_experts(megatron, of_experts, who, exclude) -> None:
     """EP 2, EP 1, EP 2; experts under SSO, and under AdamW, whose groups know of expert parallelism."""
     at_ep2, at_ep1 = EXPERTS[who]
     base, wide = [*MOE, *exclude], Layout(2, flags=(*EP2, *at_ep2))
@@ -169,11 +169,11 @@ def test_experts(megatron, of_experts, who, exclude) -> None:  # type: ignore[no
 
 
 @pytest.mark.parametrize(("before", "after"), [([], ["--moe-grouped-gemm"]), (["--moe-grouped-gemm"], [])])
-def test_experts_one_by_one_and_grouped(megatron, of_experts, before, after) -> None:  # type: ignore[no-untyped-def]
+def test_experts_one_by_one_and_grouped(megatron, of_experts, before, after) -> None:
     go_on(megatron, Layout(1, flags=(*after,)), [*MOE], of_experts(*before), at=8)
 
 
-def test_expert_tensor_parallelism(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_expert_tensor_parallelism(megatron) -> None:
     flags = (*EP2, "--expert-tensor-parallel-size", 2, "--sequence-parallel", *SMALL)
     start = straight(megatron, Layout(4, tp=2, flags=flags), [*MOE])
     flags = ("--expert-tensor-parallel-size", 1, "--sequence-parallel", *SHARDED)

@@ -29,7 +29,7 @@ LAYOUTS["moe-tp2-sharded"] = (2, tiny(*MOE, "--sequence-parallel", *SHARDED, tp=
 
 
 @pytest.mark.parametrize(("layout", "what"), CASES)
-def test_skipped(megatron, layout, what) -> None:  # type: ignore[no-untyped-def]
+def test_skipped(megatron, layout, what) -> None:
     ranks, argv = LAYOUTS[layout]
     argv = [*argv, "--no-check-for-nan-in-loss-and-grad", "--train-iters", "6"]
     run = megatron.run(

@@ -200,9 +200,9 @@ def test_flag_arrives_in_the_optimizer(megatron: Megatron, prefix: str, name: st
     assert changed <= {(prefix, name), ("sso", companion)}, "nothing else is touched"
 
 
-def settings(megatron: Megatron, *flags: object, optimizer: str = "sso") -> dict:  # type: ignore[type-arg]
+def settings(megatron: Megatron, *flags: object, optimizer: str = "sso") -> dict:
     run = megatron.run(tiny(*flags, optimizer=optimizer), calls=("probes:settings",))
-    return run.saved("settings")[0]  # type: ignore[return-value]
+    return run.saved("settings")[0]
 
 
 def test_muon_sphere_by_name(megatron: Megatron) -> None:

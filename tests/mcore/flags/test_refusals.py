@@ -118,7 +118,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("flags", "message"), ERRORS, ids=lambda v: v[0] if isinstance(v, list) else "")
-def test_one_clear_error_before_any_process_group(megatron: Megatron, flags, message) -> None:  # type: ignore[no-untyped-def]
+def test_one_clear_error_before_any_process_group(megatron: Megatron, flags, message) -> None:
     run = megatron.run(tiny(*flags), 2, calls=("probes:no_process_group",), fails=True)
     assert run.codes == [2, 2]
     errors = [line for line in run.log.splitlines() if "error: " in line]
@@ -128,7 +128,7 @@ def test_one_clear_error_before_any_process_group(megatron: Megatron, flags, mes
 
 
 @pytest.mark.parametrize("flags", [["--optimizer", "ssso"], ["--sso-momentum", "much"], ["--sso-rho", "1"]])
-def test_what_argparse_refuses(megatron: Megatron, flags) -> None:  # type: ignore[no-untyped-def]
+def test_what_argparse_refuses(megatron: Megatron, flags) -> None:
     run = megatron.run(tiny(*flags), fails=True, calls=("probes:no_process_group",))
     assert run.codes == [2]
     assert "error: " in run.log.splitlines()[-1] and flags[0] in run.log.splitlines()[-1]

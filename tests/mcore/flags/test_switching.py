@@ -37,7 +37,7 @@ def go_on(
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_radius_from_weights(megatron, adamw, tp) -> None:  # type: ignore[no-untyped-def]
+def test_radius_from_weights(megatron, adamw, tp) -> None:
     """Each radius is the loaded norm, so that the first retraction changes nothing."""
     flags = ["--no-load-optim", "--sso-radius-mode", "from_weights"]
     run = go_on(megatron, adamw, *flags, ranks=tp, tp=tp)
@@ -53,7 +53,7 @@ def test_radius_from_weights(megatron, adamw, tp) -> None:  # type: ignore[no-un
     assert norms_over_radius(jumps)[1] > 1.5
 
 
-def test_radii_stay_in_later_checkpoints(megatron, adamw) -> None:  # type: ignore[no-untyped-def]
+def test_radii_stay_in_later_checkpoints(megatron, adamw) -> None:
     """Also of a run whose factor is another one."""
     flags = ["--sso-radius-mode", "from_weights"]
     first = go_on(megatron, adamw, "--no-load-optim", *flags, *stop_at(12))
@@ -68,7 +68,7 @@ def test_radii_stay_in_later_checkpoints(megatron, adamw) -> None:  # type: igno
             assert radius == pytest.approx(factor * radii[name], rel=1e-6), name
 
 
-def test_sso_and_muon_sphere_load_each_other(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_sso_and_muon_sphere_load_each_other(megatron) -> None:
     first = megatron.run(tiny(*SHORT, *stop_at(10)))
     argv = tiny(*SHORT, "--load", first.folder / "ckpt", optimizer="muon_sphere")
     run = megatron.run(argv, calls=("checkpoint_state_probes:saved_again",))

@@ -25,7 +25,7 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     base = tmp_path_factory.mktemp(f"megatron-{request.param}")
     folder = unpacked(request.param, base / "wheel")
     with zygote(base, folder) as started:
-        started.version = request.param  # type: ignore[attr-defined]
+        started.version = request.param
         yield started
 
 
@@ -57,7 +57,7 @@ def test_cut_measured_and_resumed(other: Megatron, dense: Run) -> None:
     argv = [*BASE, "--log-spectral-metrics", "2"]
     straight = other.train(tiny(*argv, "--save", "ckpt", "--save-interval", "2", tp=2), 2, WATCH)
     recorded = json.loads((straight.folder / "run.json").read_text())
-    assert recorded["versions"]["megatron-core"] == other.version  # type: ignore[attr-defined]
+    assert recorded["versions"]["megatron-core"] == other.version
     assert_same_run(straight, dense)
     assert straight.summary["max_radius_error"] < 1e-5
     measured = [json.loads(line) for line in (straight.folder / "metrics.jsonl").read_text().splitlines()]
@@ -82,7 +82,7 @@ def test_plan(other: Megatron, plan: str) -> None:
 
 def test_experts_with_a_tensor_parallelism_of_their_own(other: Megatron) -> None:
     """Their gradients are not summed in 0.18, so it is refused there."""
-    if not other.version.startswith("0.18."):  # type: ignore[attr-defined]
+    if not other.version.startswith("0.18."):
         pytest.skip("0.19 sums them; test_distributed_optimizer.py")
     flags = [*MOE, *BASE, "--expert-tensor-parallel-size", "1", "--sequence-parallel"]
     run = other.run(tiny(*flags, tp=2), 2, fails=True)

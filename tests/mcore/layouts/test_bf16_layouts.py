@@ -41,7 +41,7 @@ def assert_retracted(run: Run) -> None:
         *(("moe", name) for name in ("tp2-ep2-etp2", "ep2-dp2-dist", "grouped-ep2")),
     ],
 )
-def test_as_on_one_rank(megatron: Megatron, on_one_rank, model: str, layout: str) -> None:  # type: ignore[no-untyped-def]
+def test_as_on_one_rank(megatron: Megatron, on_one_rank, model: str, layout: str) -> None:
     ranks, tp, flags = (DENSE_LAYOUTS | MOE_LAYOUTS)[layout]
     run = megatron.train(argv(model, tp, flags), ranks, calls=WATCH)
     assert_within_rounding(run, *on_one_rank(model))
@@ -58,7 +58,7 @@ WRONG: dict[str, tuple[list[object], str, str]] = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_other_settings_are_told(megatron: Megatron, on_one_rank, what: str) -> None:  # type: ignore[no-untyped-def]
+def test_other_settings_are_told(megatron: Megatron, on_one_rank, what: str) -> None:
     flags, optimizer, kind = WRONG[what]
     run = megatron.train(argv("dense", 1, flags, optimizer), calls=WATCH)
     found = times_rounding(run, *on_one_rank("dense"))

@@ -67,7 +67,7 @@ def dense(megatron: Megatron) -> Run:
     ],
     ids=["dp2", "dp2-overlap", "tp2-dp2", "pp2-dp2"],
 )
-def test_dense(megatron, dense, ranks, tp, flags) -> None:  # type: ignore[no-untyped-def]
+def test_dense(megatron, dense, ranks, tp, flags) -> None:
     run = megatron.train(tiny(*BASE, *flags, tp=tp), ranks, calls=WATCH_SHARDS)
     assert_same_run(run, dense)
     assert_same_steps(run, dense)
@@ -75,7 +75,7 @@ def test_dense(megatron, dense, ranks, tp, flags) -> None:  # type: ignore[no-un
     assert run.summary["max_radius_error"] <= 1e-3
 
 
-def test_gradients_are_clipped_alike_without_it(megatron, dense) -> None:  # type: ignore[no-untyped-def]
+def test_gradients_are_clipped_alike_without_it(megatron, dense) -> None:
     run = megatron.train(tiny(*BASE, tp=2), 4, calls=WATCH)
     assert_same_run(run, dense)
     assert_same_steps(run, dense)
@@ -89,7 +89,7 @@ def bf16(megatron: Megatron) -> tuple[Run, list[Run]]:
 
 
 @pytest.mark.parametrize("flags", [SHARDED, OVERLAP], ids=["dp2", "dp2-overlap"])
-def test_bf16(megatron, bf16, flags) -> None:  # type: ignore[no-untyped-def]
+def test_bf16(megatron, bf16, flags) -> None:
     calls = (*WATCH_SHARDS, "rounding_probes:first_steps")
     run = megatron.train(tiny(*BASE, "--bf16", *flags), 2, calls=calls)
     rounding.assert_within_rounding(run, *bf16)
@@ -112,7 +112,7 @@ def moe(megatron: Megatron) -> Run:
     ],
     ids=["dp2", "ep2-dp2", "tp2-etp1"],
 )
-def test_experts(megatron, moe, ranks, tp, flags) -> None:  # type: ignore[no-untyped-def]
+def test_experts(megatron, moe, ranks, tp, flags) -> None:
     run = megatron.train(tiny(*MOE, *BASE, *SHARDED, *flags, tp=tp), ranks, calls=WATCH_SHARDS)
     assert_same_run(run, moe)
     assert_same_steps(run, moe)
@@ -121,7 +121,7 @@ def test_experts(megatron, moe, ranks, tp, flags) -> None:  # type: ignore[no-un
     assert (("reduce_scatter", "gradients", "experts' matrices") in kinds) == bool(flags)
 
 
-def test_excluded_experts_go_to_adamw(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_excluded_experts_go_to_adamw(megatron) -> None:
     """Sharded over the experts' own group; Megatron's factory asserts there."""
     argv = [*MOE, *BASE, "--spectral-exclude", "local_experts", "linear_proj"]
     single = megatron.train(tiny(*argv), calls=WATCH)
@@ -134,7 +134,7 @@ def test_excluded_experts_go_to_adamw(megatron) -> None:  # type: ignore[no-unty
     assert ("reduce_scatter", "gradients", "experts' others") in run.saved("collectives")[0]
 
 
-def test_ranks_without_a_matrix(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_ranks_without_a_matrix(megatron) -> None:
     """Two matrices for four ranks; two of them have only AdamW's shards."""
     argv = [*BASE, "--num-layers", 1, "--spectral-exclude", "mlp"]
     single = megatron.train(tiny(*argv), calls=WATCH)
@@ -145,25 +145,25 @@ def test_ranks_without_a_matrix(megatron) -> None:  # type: ignore[no-untyped-de
     assert sorted(map(len, run.saved("owned"))) == [0, 0, 1, 8]
 
 
-def test_nothing_is_left_for_the_spectral_optimizer(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_nothing_is_left_for_the_spectral_optimizer(megatron) -> None:
     argv = tiny("--spectral-exclude", ".", *SHARDED)
     assert len(megatron.train(argv, 2).losses) == 4
 
 
-def test_a_pattern_that_matches_nothing(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_a_pattern_that_matches_nothing(megatron) -> None:
     run = megatron.run(tiny(*SHARDED, "--spectral-exclude", "linear_qkw"), 2, fails=True)
     assert run.codes == [1, 1]
     assert "--spectral-exclude 'linear_qkw' matches no matrix of the model" in run.log
 
 
-def test_a_model_that_was_not_routed(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_a_model_that_was_not_routed(megatron) -> None:
     """Without the error all its matrices would go to AdamW."""
     run = megatron.run(tiny(*SHARDED), 2, calls=("layer_wise_probes:do_not_route",), fails=True)
     assert run.codes == [1, 1]
     assert "DDP's buffers have no shards of whole matrices" in run.log
 
 
-def test_learned_positions_go_to_adamw(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_learned_positions_go_to_adamw(megatron) -> None:
     """Megatron's rule would lay them out among the matrices."""
     argv = [*BASE, "--position-embedding-type", "learned_absolute"]
     single = megatron.train(tiny(*argv), calls=WATCH)
@@ -172,7 +172,7 @@ def test_learned_positions_go_to_adamw(megatron) -> None:  # type: ignore[no-unt
     assert_sharded(run)
 
 
-def test_a_script_with_a_model_provider(megatron, dense) -> None:  # type: ignore[no-untyped-def]
+def test_a_script_with_a_model_provider(megatron, dense) -> None:
     """Megatron's other way to build a model."""
     argv = [*tiny(*BASE, *SHARDED), "--spectral-run-dir", "."]
     run = megatron.run(argv, 2, calls=WATCH_SHARDS, main="layer_wise_probes:their_script")
@@ -180,7 +180,7 @@ def test_a_script_with_a_model_provider(megatron, dense) -> None:  # type: ignor
     assert_sharded(run)
 
 
-def test_interleaved_pipeline(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_interleaved_pipeline(megatron) -> None:
     """All buckets of a later model chunk are one group, which is gathered when everything has stepped."""
     freeze = ("layer_wise_probes:freeze_input_norms",)
     argv = [*BASE, "--num-layers", 4]
@@ -199,7 +199,7 @@ FROZEN = {
 }
 
 
-def test_frozen_matrices(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_frozen_matrices(megatron) -> None:
     calls = ("layer_wise_probes:freeze_matrices", "layer_wise_probes:groups", *WATCH)
     single = megatron.train(tiny(*BASE), calls=calls)
     run = megatron.train(tiny(*BASE, *SHARDED, tp=2), 4, calls=calls)
@@ -211,7 +211,7 @@ def test_frozen_matrices(megatron) -> None:  # type: ignore[no-untyped-def]
             assert not {f"0.{name}" for name in groups} & FROZEN
 
 
-def test_a_stage_without_a_matrix_to_train(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_a_stage_without_a_matrix_to_train(megatron) -> None:
     freeze = ("layer_wise_probes:freeze_last_layer",)
     argv = [*BASE, "--pipeline-model-parallel-size", 2]
     plain = megatron.train(tiny(*argv), 2, calls=(*freeze, *WATCH))
@@ -220,7 +220,7 @@ def test_a_stage_without_a_matrix_to_train(megatron) -> None:  # type: ignore[no
     assert_sharded(run)
 
 
-def test_decoupled_learning_rate(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_decoupled_learning_rate(megatron) -> None:
     """For embeddings and output layer; the matrices keep theirs."""
     argv = tiny(*SHARDED, "--decoupled-lr", "3e-2")
     groups = megatron.train(argv, 2, calls=("layer_wise_probes:groups",)).merged("groups")
@@ -230,7 +230,7 @@ def test_decoupled_learning_rate(megatron) -> None:  # type: ignore[no-untyped-d
 
 
 @pytest.mark.parametrize("optimizer", ["sso", "muon_sphere"])
-def test_mup(megatron, optimizer) -> None:  # type: ignore[no-untyped-def]
+def test_mup(megatron, optimizer) -> None:
     """Width 64 over a base of 32: AdamW's matrices as under Adam, spectral ones scale by their radius."""
     argv = [*BASE, "--use-mup", "--mup-base-hidden-size", 32, "--spectral-exclude", "linear_proj"]
     calls = (*WATCH, "layer_wise_probes:groups")

@@ -214,7 +214,7 @@ def test_every_tp_mode_dense(dense: Model, mode: str, layout: str) -> None:
     assert_same_measures(run, dense.reference)
     # Squares that are cut by columns, such as the output projection, go to owners.
     owned = {"owner"} if mode == "distributed" else set()
-    assert set().union(*run.saved("modes")) == {"local", mode} | owned  # type: ignore[arg-type]
+    assert set().union(*run.saved("modes")) == {"local", mode} | owned
 
 
 @pytest.mark.parametrize("mode", TP_MODES)
@@ -225,7 +225,7 @@ def test_every_tp_mode_moe(moe: Model, mode: str) -> None:
     assert_same_measures(run, moe.reference)
     # Squares that are cut by columns, such as the output projection, go to owners.
     owned = {"owner"} if mode == "distributed" else set()
-    assert set().union(*run.saved("modes")) == {"local", mode} | owned  # type: ignore[arg-type]
+    assert set().union(*run.saved("modes")) == {"local", mode} | owned
 
 
 def test_the_support_matrix_is_what_is_tested() -> None:

@@ -55,7 +55,7 @@ def received(run: Run, ranks: int) -> list[float]:
         "all_gather_into_tensor": (ranks - 1) / ranks,
         "all_reduce": 2 * (ranks - 1) / ranks,
     }
-    return [sum(factors[kind] * size for kind, size in calls) for calls in run.saved("collectives")]  # type: ignore[attr-defined]
+    return [sum(factors[kind] * size for kind, size in calls) for calls in run.saved("collectives")]
 
 
 # ---------------------------------------------------------------- plans
@@ -147,13 +147,13 @@ def one_rank(megatron: Megatron) -> dict[str, torch.Tensor]:
         *[("duplicated", 4, 1), ("distributed", 4, 1)],
     ],
 )
-def test_steps_equal_one_rank_bit_for_bit(megatron, one_rank, mode, ranks, mib) -> None:  # type: ignore[no-untyped-def]
+def test_steps_equal_one_rank_bit_for_bit(megatron, one_rank, mode, ranks, mib) -> None:
     """Several shapes, both dimensions, two groups with their own rates; in many rounds and in one."""
     run = step(megatron, ranks, hidden=64, layers=12, groups=2, workspace_mib=mib, mode=mode)
     for rank, found in enumerate(run.saved("final")):
-        for name, value in found.items():  # type: ignore[attr-defined]
+        for name, value in found.items():
             assert torch.equal(value, shard(name.rpartition(".")[2], one_rank[name], rank, ranks)), name
-    num_calls = len(run.saved("collectives")[0])  # type: ignore[arg-type]
+    num_calls = len(run.saved("collectives")[0])
     if mode == "owner":
         assert num_calls >= 4 if mib == 1 else num_calls == 2
 
@@ -165,8 +165,8 @@ def test_rounds_do_not_change_sso(megatron: Megatron) -> None:
         run = step(megatron, 2, hidden=128, layers=4, workspace_mib=mib, steps=3, settings=FEW)
         finals.append(run.saved("final"))
     for few, many in zip(*finals, strict=True):
-        for name in few:  # type: ignore[attr-defined]
-            torch.testing.assert_close(few[name], many[name], rtol=1e-4, atol=1e-5)  # type: ignore[index]
+        for name in few:
+            torch.testing.assert_close(few[name], many[name], rtol=1e-4, atol=1e-5)
 
 
 def test_fewer_matrices_than_ranks_and_none_with_a_gradient(megatron: Megatron) -> None:
@@ -177,7 +177,7 @@ def test_fewer_matrices_than_ranks_and_none_with_a_gradient(megatron: Megatron) 
         run = step(megatron, 4, **task)
         for rank, found in enumerate(run.saved("final")):
             for name in names:
-                assert torch.equal(found[name], shard("proj", single[name], rank, 4))  # type: ignore[index]
+                assert torch.equal(found[name], shard("proj", single[name], rank, 4))
 
 
 @pytest.mark.parametrize("mode", ["owner", "duplicated", "distributed"])
@@ -193,7 +193,7 @@ def test_groups_that_share_ranks_meet(megatron: Megatron, mode: str) -> None:
         for _ in range(2):
             alone.step()
         finals = run.saved("final")
-        found = torch.cat([finals[rank][f"matrix {i}"] for rank in group])  # type: ignore[index]
+        found = torch.cat([finals[rank][f"matrix {i}"] for rank in group])
         assert torch.equal(found, value)
 
 
@@ -206,7 +206,7 @@ def test_traffic_is_what_was_counted(megatron: Megatron, mode: Any, ranks: int) 
     run = step(megatron, ranks, **task, settings=FEW)
     shared = SpectralConfig(tp_mode=mode, workspace_mib=1)
     counted = step_traffic(dense(96, 5, ranks), shared, algorithm(**FEW))
-    assert [len(calls) for calls in run.saved("collectives")] == [counted.num_collectives] * ranks  # type: ignore[arg-type]
+    assert [len(calls) for calls in run.saved("collectives")] == [counted.num_collectives] * ranks
     assert received(run, ranks) == counted.received
 
 
@@ -214,8 +214,8 @@ def test_dense_1_7b_scaled_down(megatron: Megatron) -> None:
     """A sixteenth of the hidden size, and a workspace in proportion."""
     settings = FEW | {"tangent": "none"}
     run = step(megatron, 4, hidden=128, layers=28, workspace_mib=2, mode="auto", settings=settings)
-    assert {mode for mode, *_ in run.saved("batches")[0]} == {"owner", "local"}  # type: ignore[attr-defined]
-    assert all(len(calls) <= 16 for calls in run.saved("collectives"))  # type: ignore[arg-type]
+    assert {mode for mode, *_ in run.saved("batches")[0]} == {"owner", "local"}
+    assert all(len(calls) <= 16 for calls in run.saved("collectives"))
     shared = SpectralConfig(tp_mode="duplicated", workspace_mib=2)
     duplicated = step_traffic(dense(128, 28, 4), shared, algorithm(**settings))
     assert max(received(run, 4)) <= min(duplicated.received) / 2
@@ -233,7 +233,7 @@ def test_memory_stays_within_the_workspace(megatron: Megatron, mode: str, ranks:
     task = {"hidden": 256, "layers": 6, "workspace_mib": mib, "mode": mode}
     run = step(megatron, ranks, **task, measures_memory=True)
     for peaks in run.saved("peaks"):
-        assert 0.3 * (mib << 20) < max(peaks) <= mib << 20  # type: ignore[call-overload]
+        assert 0.3 * (mib << 20) < max(peaks) <= mib << 20
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_sso_stays_within_the_workspace(
     task = {"hidden": 128, "layers": 4, "workspace_mib": mib, "settings": settings, "mode": mode}
     run = step(megatron, ranks, **task, measures_memory=True)
     for peaks in run.saved("peaks"):
-        assert max(peaks) <= mib << 20  # type: ignore[call-overload]
+        assert max(peaks) <= mib << 20
 
 
 @pytest.mark.parametrize("ranks", [1, 4])

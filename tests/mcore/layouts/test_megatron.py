@@ -19,7 +19,7 @@ def one_rank(megatron: Megatron) -> dict[str, Run]:
     }
 
 
-def test_bisection_on_two_ranks(megatron, one_rank) -> None:  # type: ignore[no-untyped-def]
+def test_bisection_on_two_ranks(megatron, one_rank) -> None:
     argv = ["--spectral-mup-init", "--train-iters", "20", "--sso-solver", "bisection"]
     runs = [megatron.train(tiny(*argv, tp=tp), tp, calls=("probes:weights",)) for tp in (1, 2)]
     assert_same_run(runs[1], runs[0])
@@ -27,7 +27,7 @@ def test_bisection_on_two_ranks(megatron, one_rank) -> None:  # type: ignore[no-
     assert_same_run(runs[0], one_rank["sso"], losses=1e-3, weights=2e-2)
 
 
-def test_tied_embeddings_over_two_stages(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_tied_embeddings_over_two_stages(megatron) -> None:
     argv = tiny("--spectral-mup-init", "--train-iters", "6")
     argv.remove("--untie-embeddings-and-output-weights")
     single = megatron.train(argv, calls=("probes:weights",))
@@ -36,7 +36,7 @@ def test_tied_embeddings_over_two_stages(megatron) -> None:  # type: ignore[no-u
 
 
 @pytest.mark.parametrize("flags", [[], ["--bf16"]], ids=["fp32", "bf16"])
-def test_both_copies_of_a_tied_embedding_take_the_same_clipped_steps(megatron, flags) -> None:  # type: ignore[no-untyped-def]
+def test_both_copies_of_a_tied_embedding_take_the_same_clipped_steps(megatron, flags) -> None:
     """Each stage steps on its own copy, by a name of its own."""
     stages = ["--pipeline-model-parallel-size", 2]
     argv = tiny(*stages, *flags, "--train-iters", 6, optimizer="spectra_clip_adamw")
@@ -48,7 +48,7 @@ def test_both_copies_of_a_tied_embedding_take_the_same_clipped_steps(megatron, f
     assert not torch.equal(final[names[0]], initial[names[0]])
 
 
-def test_validation_loss_is_the_last_one_over_two_stages(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_validation_loss_is_the_last_one_over_two_stages(megatron) -> None:
     """Only the last stage knows it; evaluations inside the run must not outlast the closing one."""
     argv = tiny("--pipeline-model-parallel-size", 2, "--eval-interval", 2, "--eval-iters", 1)
     run = megatron.train(argv, 2)
@@ -57,7 +57,7 @@ def test_validation_loss_is_the_last_one_over_two_stages(megatron) -> None:  # t
     assert run.summary["val_loss"] == pytest.approx(float(printed[0][1]), rel=1e-6)
 
 
-def test_initial_weights_do_not_depend_on_the_layout(one_rank, megatron) -> None:  # type: ignore[no-untyped-def]
+def test_initial_weights_do_not_depend_on_the_layout(one_rank, megatron) -> None:
     initial = one_rank["sso"].merged("initial")
     for ranks, tp, flags in ((2, 2, []), (2, 1, ["--pipeline-model-parallel-size", "2"])):
         argv = tiny("--spectral-mup-init", "--lr-warmup-iters", 0, "--train-iters", 1, *flags, tp=tp)
@@ -70,7 +70,7 @@ def test_initial_weights_do_not_depend_on_the_layout(one_rank, megatron) -> None
         assert abs(norm / math.sqrt(weight.shape[0] / weight.shape[1]) - 1) < 1e-3, name
 
 
-def test_trained_weights_are_on_the_sphere(one_rank) -> None:  # type: ignore[no-untyped-def]
+def test_trained_weights_are_on_the_sphere(one_rank) -> None:
     """Every logical matrix after a retraction, by exact SVD; and the summary says the same."""
     for run in one_rank.values():
         worst = 0.0
@@ -108,7 +108,7 @@ EXPECTED_MATRICES = {
     ],
     ids=["one", "tp2", "pp2", "bf16", "tp2-bf16"],
 )
-def test_every_logical_matrix_is_found(megatron, ranks, tp, flags) -> None:  # type: ignore[no-untyped-def]
+def test_every_logical_matrix_is_found(megatron, ranks, tp, flags) -> None:
     """Names and global shapes; in bf16 they are found through the fp32 master weights."""
     run = megatron.run(tiny(*flags, tp=tp), ranks, calls=("probes:settings",))
     matrices: dict[str, tuple[int, int]] = {}
@@ -118,7 +118,7 @@ def test_every_logical_matrix_is_found(megatron, ranks, tp, flags) -> None:  # t
     assert matrices == EXPECTED_MATRICES
 
 
-def test_everything_else_goes_to_adamw(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_everything_else_goes_to_adamw(megatron) -> None:
     routes = megatron.run(tiny(*MOE), calls=("probes:settings",)).saved("settings")[0]["routes"]
     for name, optimizer in routes.items():
         is_matrix = "linear" in name or "router" in name
@@ -136,7 +136,7 @@ def test_everything_else_goes_to_adamw(megatron) -> None:  # type: ignore[no-unt
         ("auto", ["all_to_all_single"] * 2),
     ],
 )
-def test_collectives_do_not_grow_with_layers(megatron, mode, kinds) -> None:  # type: ignore[no-untyped-def]
+def test_collectives_do_not_grow_with_layers(megatron, mode, kinds) -> None:
     """Gate and up, down, output projection: three batches, but for owners one exchange, there and back."""
     num_bytes = []
     for layers in (2, 8):
@@ -148,7 +148,7 @@ def test_collectives_do_not_grow_with_layers(megatron, mode, kinds) -> None:  # 
     assert num_bytes[1] == 4 * num_bytes[0]
 
 
-def test_the_command_line_wins_over_a_checkpoint(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_the_command_line_wins_over_a_checkpoint(megatron) -> None:
     argv = tiny("--train-iters", 12, tp=2)
     save = ["--save", "ckpt", "--save-interval", "6", "--exit-interval", "6"]
     first = megatron.train([*argv, *save], 2)

@@ -36,7 +36,7 @@ def one_rank(megatron: Megatron) -> dict[str, Run]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("gradients", ["noise", "decaying"])
-def test_cut_matrices_follow_whole_ones(megatron, one_rank, ranks, mode, gradients) -> None:  # type: ignore[no-untyped-def]
+def test_cut_matrices_follow_whole_ones(megatron, one_rank, ranks, mode, gradients) -> None:
     run = train(megatron, ranks, MATRICES, mode, gradients=gradients)
     # Float32 carries 1e-7; eight polynomials of degree five on singular values down to 1e-5 of the
     # norm magnify what is lost below them.
@@ -60,14 +60,14 @@ def test_cut_matrices_follow_whole_ones(megatron, one_rank, ranks, mode, gradien
 
 
 @pytest.mark.parametrize("settings", [{"solver": "bisection"}, {"tangent": "project"}, {"tangent": "none"}])
-def test_every_tangent_in_place(megatron, settings) -> None:  # type: ignore[no-untyped-def]
+def test_every_tangent_in_place(megatron, settings) -> None:
     runs = [train(megatron, n, MATRICES, "distributed", settings=settings) for n in (1, 2)]
     assert worst_error(runs[1], runs[0]) < 1e-4
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_uneven_cuts(megatron, ranks, mode) -> None:  # type: ignore[no-untyped-def]
+def test_uneven_cuts(megatron, ranks, mode) -> None:
     """As many rows as it happens, none on some ranks: query heads where ranks outnumber groups."""
     single = train(megatron, 1, UNEVEN[ranks], mode)
     run = train(megatron, ranks, UNEVEN[ranks], mode)
@@ -82,7 +82,7 @@ THIN = {"Spectra": {"rank_ratio": 0.1}, "SpectralAdam": {}}
     ("optimizer", "mode"),
     [(name, mode) for name in THIN for mode in MODES if (name, mode) != ("SpectralAdam", "owner")],
 )
-def test_shards_stay_where_products_are_thin(megatron, optimizer, mode) -> None:  # type: ignore[no-untyped-def]
+def test_shards_stay_where_products_are_thin(megatron, optimizer, mode) -> None:
     """Whatever dimension is cut; and what is kept of a matrix is whole, and the same in every layout."""
     task = {"optimizer": optimizer, "settings": THIN[optimizer]}
     for matrices, ranks in ((MATRICES, 2), (UNEVEN[2], 2), (UNEVEN[3], 3)):
@@ -94,7 +94,7 @@ def test_shards_stay_where_products_are_thin(megatron, optimizer, mode) -> None:
             assert {modes[name] for name, (_, _, dim, _) in matrices.items() if dim is not None} == {wanted}
 
 
-def test_what_thin_products_move_is_counted(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_what_thin_products_move_is_counted(megatron) -> None:
     """Of a warm step, from shapes alone; a ring's all-reduce on two ranks brings each what it sums."""
     matrices = {f"layer {i}": [96, 64, i % 2, None] for i in range(4)}
     for optimizer in THIN:
@@ -108,7 +108,7 @@ def test_what_thin_products_move_is_counted(megatron) -> None:  # type: ignore[n
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_missing_gradients_and_another_order_hang_nobody(megatron, one_rank, mode) -> None:  # type: ignore[no-untyped-def]
+def test_missing_gradients_and_another_order_hang_nobody(megatron, one_rank, mode) -> None:
     """Ranks list shapes in opposite orders; a matrix without gradient stays as it is."""
     run = train(megatron, 2, MATRICES, mode, shuffle=True, without_gradient=["square", "layer 1"])
     start = train(megatron, 1, MATRICES, mode, without_gradient=list(MATRICES)).merged("final")
@@ -121,13 +121,13 @@ def test_missing_gradients_and_another_order_hang_nobody(megatron, one_rank, mod
 
 
 @pytest.mark.parametrize("mode", ["duplicated", "owner", "distributed"])
-def test_groups_of_the_same_ranks_meet(megatron, mode) -> None:  # type: ignore[no-untyped-def]
+def test_groups_of_the_same_ranks_meet(megatron, mode) -> None:
     run = megatron.run([json.dumps({"mode": mode})], 2, main="parallel_probes:two_groups")
     assert run.merged("retracted").keys() == {"matrix 0", "matrix 1"}
 
 
 @pytest.mark.parametrize("mode", ["duplicated", "owner", "distributed"])
-def test_a_dead_weight_stops_every_rank(megatron, mode) -> None:  # type: ignore[no-untyped-def]
+def test_a_dead_weight_stops_every_rank(megatron, mode) -> None:
     run = megatron.run([json.dumps({"mode": mode})], 2, main="parallel_probes:dead_weight")
     for error in run.saved("error"):
         assert error.startswith("matrix 2: a weight of spectral norm 0")
@@ -137,18 +137,18 @@ def test_a_dead_weight_stops_every_rank(megatron, mode) -> None:  # type: ignore
     ("ranks", "shape", "layers"),
     [(2, [6144, 2048, 0], 56), (3, [2048, 6144, 1], 28), (4, [14336, 4096, 0], 30)],
 )
-def test_owners_share_large_matrices_equally(megatron, ranks, shape, layers) -> None:  # type: ignore[no-untyped-def]
+def test_owners_share_large_matrices_equally(megatron, ranks, shape, layers) -> None:
     """Shapes of 1.7B and 8B models, parted to the default workspace."""
     task = json.dumps({"shape": shape, "layers": layers})
     parts = megatron.run([task], ranks, main="parallel_probes:parts_of_a_large_model").saved("parts")
-    owned = [sum(here for _, _, here in batches) for batches in parts]  # type: ignore[attr-defined]
+    owned = [sum(here for _, _, here in batches) for batches in parts]
     assert sum(owned) == layers and max(owned) - min(owned) <= 1
     for batches in parts:
-        assert {mode for mode, _, _ in batches} == {"owner"}  # type: ignore[attr-defined]
-        assert all(size % ranks == 0 for _, size, _ in batches[:-1])  # type: ignore[index]
+        assert {mode for mode, _, _ in batches} == {"owner"}
+        assert all(size % ranks == 0 for _, size, _ in batches[:-1])
 
 
-def test_blockwise_takes_shards_for_matrices(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_blockwise_takes_shards_for_matrices(megatron) -> None:
     """The documented other result: what one rank makes of the two halves as matrices of their own."""
     whole = {"columns": [36, 24, 1, None]}
     run = train(megatron, 2, whole, "blockwise", steps=4)
@@ -171,7 +171,7 @@ GATHER, EXCHANGE, SUM = "all_gather_into_tensor", "all_to_all_single", "all_redu
         ("distributed", [SUM] * 3, [SUM] * 2),
     ],
 )
-def test_collectives_are_as_many_for_two_layers_as_for_eight(megatron, mode, first, later) -> None:  # type: ignore[no-untyped-def]
+def test_collectives_are_as_many_for_two_layers_as_for_eight(megatron, mode, first, later) -> None:
     """The first step also looks at the weights for its caches."""
     bytes_by_layers = []
     for layers in (2, 8):

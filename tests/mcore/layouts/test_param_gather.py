@@ -46,7 +46,7 @@ def assert_early(run: Run) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_bits_as_after_the_step(megatron, layout) -> None:  # type: ignore[no-untyped-def]
+def test_same_bits_as_after_the_step(megatron, layout) -> None:
     ranks, argv = LAYOUTS[layout]
     early = megatron.train(argv, ranks, calls=WATCH)
     late = megatron.train(argv, ranks, calls=(*LATE, *WATCH))
@@ -66,13 +66,13 @@ def test_same_bits_as_after_the_step(megatron, layout) -> None:  # type: ignore[
             assert batches.index("gather 0 dense matrices 4") < len(batches) - 1
 
 
-def test_overlap_with_the_forward_pass(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_overlap_with_the_forward_pass(megatron) -> None:
     run = megatron.train([*LAYOUTS["dp2"][1], "--overlap-param-gather"], 2, calls=WATCH)
     assert not any(gathered(events) for steps in run.saved("gathers") for events in steps)
 
 
 @pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["fp32", "bf16"])
-def test_a_skipped_step_starts_nothing(megatron, precision) -> None:  # type: ignore[no-untyped-def]
+def test_a_skipped_step_starts_nothing(megatron, precision) -> None:
     argv = [*LAYOUTS["dp2"][1], *precision, "--no-check-for-nan-in-loss-and-grad", "--train-iters", "5"]
     calls = ("checkpoint_state_probes:poison", "layer_wise_probes:gathers")
     run = megatron.run(argv, 2, calls=calls, env={"POISON": "nan linear_proj"})
@@ -84,7 +84,7 @@ def test_a_skipped_step_starts_nothing(megatron, precision) -> None:  # type: ig
         assert not steps[2]
 
 
-def test_an_error_in_a_step(megatron) -> None:  # type: ignore[no-untyped-def]
+def test_an_error_in_a_step(megatron) -> None:
     """The rank that fails ends, with gathers under way; the launcher ends the other, as ever."""
     calls = ("layer_wise_probes:fail_in_a_step",)
     run = megatron.run(LAYOUTS["dp2"][1], 2, calls=calls, fails=True, grace=5)

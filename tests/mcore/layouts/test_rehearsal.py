@@ -119,7 +119,7 @@ def test_grouped_experts_have_the_names_and_marks_of_a_gpu(runs: Runs) -> None:
     """Those of TEGroupedMLP over TransformerEngine: two of four experts, each cut over two ranks."""
     ours = {"allreduce": False, "tensor_model_parallel": True, "partition_stride": 1}
     for found in runs.in_layout("grouped-ep2-etp2").saved("parameters"):
-        experts = {n.partition("experts.")[2]: p for n, p in found.items() if ".mlp.experts." in n}  # type: ignore[attr-defined]
+        experts = {n.partition("experts.")[2]: p for n, p in found.items() if ".mlp.experts." in n}
         assert experts == {
             **{f"linear_fc1.weight{i}": ((48, 64), {**ours, "partition_dim": 0}) for i in (0, 1)},
             **{f"linear_fc2.weight{i}": ((64, 24), {**ours, "partition_dim": 1}) for i in (0, 1)},
@@ -140,15 +140,15 @@ def test_latent_attention_is_duplicated_where_a_gpu_duplicates_it(runs: Runs) ->
     for found in runs.in_layout("latent-tp2-sp").saved("parameters"):
         attention = "decoder.layers.0.self_attention."
         for name, shape in (("linear_q_down_proj", (24, 64)), ("linear_kv_down_proj", (40, 64))):
-            weight = found[f"{attention}{name}.weight"]  # type: ignore[index]
+            weight = found[f"{attention}{name}.weight"]
             assert weight[0] == shape
             assert weight[1]["sequence_parallel"] and not weight[1]["tensor_model_parallel"]
-        assert found[f"{attention}linear_q_up_proj.weight"][0] == (48, 24)  # type: ignore[index]
+        assert found[f"{attention}linear_q_up_proj.weight"][0] == (48, 24)
 
 
 def test_a_hybrid_model_has_a_module_a_layer(runs: Runs) -> None:
     (found,) = runs.on_one_rank("hybrid").saved("parameters")
-    matrices = [n for n, (shape, _) in found.items() if "decoder" in n and len(shape) == 2]  # type: ignore[attr-defined]
+    matrices = [n for n, (shape, _) in found.items() if "decoder" in n and len(shape) == 2]
     first = ["self_attention.linear_proj", "self_attention.linear_qkv"]
     assert matrices == [
         *(f"decoder.layers.0.{name}.weight" for name in first),
@@ -168,7 +168,7 @@ def test_a_hybrid_model_has_a_module_a_layer(runs: Runs) -> None:
         ("dense", 1, "--hybrid-context-parallel", "exists only in TransformerEngine"),
     ],
 )
-def test_what_cannot_be_rehearsed_is_refused(megatron, model, tp, flags, message) -> None:  # type: ignore[no-untyped-def]
+def test_what_cannot_be_rehearsed_is_refused(megatron, model, tp, flags, message) -> None:
     run = megatron.run(command(model, *shlex.split(flags), tp=tp), fails=True)
     assert run.codes == [2]
     assert message in run.log.splitlines()[-1]

@@ -60,7 +60,7 @@ def test_exact_values(megatron: Megatron, optimizer: str) -> None:
     captured = run.saved("captured")[0]
     wanted = {
         f"{name}.weight{kind}": (nuclear_rank(blocks), stable_rank(A))
-        for name, (A, G) in captured.items()  # type: ignore[attr-defined]
+        for name, (A, G) in captured.items()
         for kind, blocks in blocks_of(name, G).items()
     }
     assert found[2].keys() == wanted.keys()

@@ -84,7 +84,7 @@ def test_exact_values_on_a_trained_checkpoint(
     tables = measured(run)
     assert list(tables) == [21, 22]
     worst: dict[str, float] = {}
-    for iteration, step in zip(tables, steps, strict=True):  # type: ignore[call-overload]
+    for iteration, step in zip(tables, steps, strict=True):
         found = tables[iteration]["matrices"]
         assert found.keys() == step.keys()
         for name, (before, after, N, V) in step.items():
@@ -112,7 +112,7 @@ def test_exact_activations(megatron: Megatron) -> None:
     """Tokens, layers, logits behind a causal mask, and tokens of experts, of both microbatches."""
     run = megatron.train(tiny(*MOE, *EVERY), calls=("metrics_probes:capture_activations",))
     (seen,) = run.saved("activations")
-    for iteration, captured in enumerate(seen, 1):  # type: ignore[arg-type]
+    for iteration, captured in enumerate(seen, 1):
         tables = measured(run)[iteration]
         assert list(tables["layers"]) == ["decoder.layers.0", "decoder.layers.1"]
         for layer, found in tables["layers"].items():
@@ -216,7 +216,7 @@ def test_one_collective_at_the_interval(megatron: Megatron, optimizer: str) -> N
     argv = tiny(*flags, "--log-spectral-metrics", 3, "--train-iters", 8, tp=2, optimizer=optimizer)
     run = megatron.train(argv, 2, calls=("metrics_probes:count_iterations",))
     for counted in run.saved("collectives"):
-        plain, measured = (Counter(kind for kind, _ in counted[i - 1]) for i in (5, 6))  # type: ignore[index]
+        plain, measured = (Counter(kind for kind, _ in counted[i - 1]) for i in (5, 6))
         more = measured - plain
         assert not plain - measured
         assert more.pop("all_gather_into_tensor") == 1

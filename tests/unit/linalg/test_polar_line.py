@@ -21,7 +21,7 @@ def line_between(X: torch.Tensor, top: TopSingular, is_cut: bool) -> PolarLine:
     return CutLine(M, M.mT @ M, top, EIGHT, lambda part: part)
 
 
-def line_of(M: np.ndarray, W: np.ndarray, is_cut: bool) -> tuple:  # type: ignore[type-arg]
+def line_of(M: np.ndarray, W: np.ndarray, is_cut: bool) -> tuple:
     """The line, and ``M`` and ``Theta`` as it sees them: rounded to float32."""
     sigma, *vectors = oracle.top_triplet(W)
     X, u, v = (torch.from_numpy(a).float()[None] for a in (M / np.linalg.norm(M), *vectors))
@@ -33,7 +33,7 @@ def line_of(M: np.ndarray, W: np.ndarray, is_cut: bool) -> tuple:  # type: ignor
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("condition", [10.0, 1e3, 1e5, 1e7])
 @pytest.mark.parametrize("is_cut", [False, True], ids=["whole", "cut"])
-def test_line_follows_the_oracle(shape, condition, is_cut) -> None:  # type: ignore[no-untyped-def]
+def test_line_follows_the_oracle(shape, condition, is_cut) -> None:
     """``h`` and ``msign`` by all ways, also where the Gram matrix of the long side has no full rank."""
     values = np.geomspace(1, 1 / condition, min(shape))
     M, W = with_spectrum(*shape, values), with_spectrum(*shape, values, seed=1)
@@ -55,7 +55,7 @@ def test_line_follows_the_oracle(shape, condition, is_cut) -> None:  # type: ign
 @pytest.mark.parametrize("shape", [*SHAPES, (96, 24)])
 @pytest.mark.parametrize("condition", [10.0, 1e3])
 @pytest.mark.parametrize("is_cut", [False, True], ids=["whole", "cut"])
-def test_rough_measure(shape, condition, is_cut) -> None:  # type: ignore[no-untyped-def]
+def test_rough_measure(shape, condition, is_cut) -> None:
     """Five steps of the table leave singular values within 13 % of 1."""
     values = np.geomspace(1, 1 / condition, min(shape))
     M, W = with_spectrum(*shape, values), with_spectrum(*shape, values, seed=1)
@@ -67,7 +67,7 @@ def test_rough_measure(shape, condition, is_cut) -> None:  # type: ignore[no-unt
 
 @pytest.mark.parametrize("distance", [1e-3, 1e-2, 1e-1])
 @pytest.mark.parametrize("is_cut", [False, True], ids=["whole", "cut"])
-def test_a_momentum_that_the_line_cancels(distance, is_cut) -> None:  # type: ignore[no-untyped-def]
+def test_a_momentum_that_the_line_cancels(distance, is_cut) -> None:
     """M is almost -Theta, and lam takes it away: what is left is all there is."""
     W, noise = with_spectrum(48, 24, np.geomspace(1, 0.1, 24)), with_spectrum(48, 24, np.ones(24), seed=1)
     _, u, v = oracle.top_triplet(W)

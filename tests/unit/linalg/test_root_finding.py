@@ -23,7 +23,7 @@ class Functions:
         return value, lam[:, None] * torch.ones(2)
 
 
-def track(f, lam: Tensor, slope: Tensor, num_trials: int) -> TrackedRoot:  # type: ignore[no-untyped-def]
+def track(f, lam: Tensor, slope: Tensor, num_trials: int) -> TrackedRoot:
     """All trials as exact as the last."""
     reach = torch.full_like(lam, 0.05)
     return track_root(

@@ -55,7 +55,7 @@ def test_bytes_over_four_ranks_by_hand() -> None:
         (1, (64, 64), 0, 2, 0.0, "duplicated"),
     ],
 )
-def test_choices(num_matrices, shape, dim, tp, flops_per_byte, expected) -> None:  # type: ignore[no-untyped-def]
+def test_choices(num_matrices, shape, dim, tp, flops_per_byte, expected) -> None:
     batch = (num_matrices, shape, dim, tp)
     costs = mode_costs(*batch, work=WORK, flops_per_byte=flops_per_byte)
     assert min(costs, key=costs.__getitem__) == expected, costs

@@ -131,11 +131,11 @@ def test_layers_inside_layers_and_grouped_experts_are_numbered_globally() -> Non
         block.layers = nn.ModuleList(nn.Module() for _ in numbers)
         chunk.module.add_module(path, block)
         for layer, number in zip(block.layers, numbers, strict=True):
-            layer.layer_number = number  # type: ignore[assignment]
+            layer.layer_number = number
     inner = nn.Module()
     inner.layers = nn.ModuleList([nn.Module()])
-    inner.layers[0].layer_number = 1  # type: ignore[assignment]
-    chunk.module.mtp.layers[0].mtp_model_layer = inner  # type: ignore[union-attr]
+    inner.layers[0].layer_number = 1
+    chunk.module.mtp.layers[0].mtp_model_layer = inner
     rename = global_names(chunk, first_expert=8)
     assert {old: rename(f"module.{old}") for old in EXPECTED_NAMES} == EXPECTED_NAMES
 
@@ -169,7 +169,7 @@ EXPECTED_NAMES = {
     ],
 )
 @pytest.mark.parametrize("granularity", ["head", "component", "whole"])
-def test_initial_weights_do_not_depend_on_the_cut(  # type: ignore[no-untyped-def]
+def test_initial_weights_do_not_depend_on_the_cut(
     monkeypatch, name, shape, size, more, granularity
 ) -> None:
     """Whatever is taken as one matrix: a rank gets its rows of the parts that Megatron sees."""
@@ -196,7 +196,7 @@ def test_initial_weights_do_not_depend_on_the_cut(  # type: ignore[no-untyped-de
         assert torch.equal(cut[label], matrix), label
 
 
-def test_what_no_rule_covers_is_drawn_and_cut(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_what_no_rule_covers_is_drawn_and_cut(monkeypatch) -> None:
     monkeypatch.setattr(initialization, "_shared_seed", lambda: 7)
 
     def drawn(dim: int | None, size: int) -> list[Tensor]:

@@ -46,7 +46,7 @@ from sso_megatron import SSO, MuonSphere, SpectralClip, SSOConfig
         ({"symmetric_kernel": "triton"}, "symmetric_kernel='triton' needs msign_precision='bf16'; the def"),
     ],
 )
-def test_errors_name_value_rule_and_way_out(settings: dict, message: str) -> None:  # type: ignore[type-arg]
+def test_errors_name_value_rule_and_way_out(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SSO([torch.nn.Parameter(torch.randn(4, 4))], **settings)
 
@@ -108,6 +108,6 @@ def test_other_errors() -> None:
         ({"lr": -1.0}, "lr=-1.0 must not be negative"),
     ],
 )
-def test_errors_of_spectral_clipping(settings: dict, message: str) -> None:  # type: ignore[type-arg]
+def test_errors_of_spectral_clipping(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SpectralClip([torch.nn.Parameter(torch.ones(4, 4))], **settings)

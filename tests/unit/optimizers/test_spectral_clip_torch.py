@@ -38,7 +38,7 @@ def of(base: str, **settings: Any) -> dict[str, Any]:
         ("ademamix", {"ademamix_warmup_steps": 20}, {"warmup": 20}),
     ],
 )
-def test_fifty_steps_follow_the_oracle(problem, shape, base, ours, theirs) -> None:  # type: ignore[no-untyped-def]
+def test_fifty_steps_follow_the_oracle(problem, shape, base, ours, theirs) -> None:
     gradient, lr, c = problem(shape, 0), 5e-3, 4.0
     exact = oracle.ClippedOptimizer(start(shape, 0), base, **theirs)
     param = torch.nn.Parameter(torch.from_numpy(exact.W).float())
@@ -291,7 +291,7 @@ def test_resuming_is_exact(base: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("copy", [deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 @pytest.mark.parametrize("base", BASES)
-def test_copies_train_on_their_own(copy, base: str) -> None:  # type: ignore[no-untyped-def]
+def test_copies_train_on_their_own(copy, base: str) -> None:
     params = params_of(*SHAPES)
     optimizer = SpectralClip(params, lr=1e-2, **everything(base))
     train(optimizer, range(2))
@@ -365,8 +365,8 @@ def test_no_step_waits_for_the_device(base: str, as_tensor: bool) -> None:
 def test_cut_vectors_in_any_order(megatron: Megatron) -> None:
     """Ranks that list them in other orders; each is clipped by its own norm."""
     whole, cut = (megatron.run([], ranks, main="thin_probes:vectors").saved("vectors") for ranks in (1, 2))
-    for name, vector in whole[0].items():  # type: ignore[attr-defined]
-        found = torch.cat([part[name] for part in cut])  # type: ignore[index]
+    for name, vector in whole[0].items():
+        found = torch.cat([part[name] for part in cut])
         torch.testing.assert_close(found, vector, rtol=0, atol=1e-6)
 
 

@@ -288,7 +288,7 @@ def test_looking_at_weights_does_not_change_training() -> None:
 
 
 @pytest.mark.parametrize("copy", [deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_copies_train_on_their_own(copy) -> None:  # type: ignore[no-untyped-def]
+def test_copies_train_on_their_own(copy) -> None:
     twin = Twin(*random_values(torch.float32))
     params = twin.params()
     optimizer = SSO(params, lr=0.05, radius_scaler=2.0)
@@ -303,7 +303,7 @@ def test_copies_train_on_their_own(copy) -> None:  # type: ignore[no-untyped-def
 
 
 @pytest.mark.parametrize("copy", [deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_a_copy_leaves_a_scheduler_and_hooks_behind(copy) -> None:  # type: ignore[no-untyped-def]
+def test_a_copy_leaves_a_scheduler_and_hooks_behind(copy) -> None:
     """A scheduler puts its own ``step`` on the optimizer that it was made for."""
     optimizer = SSO([torch.nn.Parameter(torch.randn(6, 4))])
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)

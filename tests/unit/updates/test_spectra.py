@@ -32,7 +32,7 @@ MODES = [
 ]
 
 
-def fifty_steps(problem, shape, settings, dtype=torch.float32, from_svd=True) -> float:  # type: ignore[no-untyped-def]
+def fifty_steps(problem, shape, settings, dtype=torch.float32, from_svd=True) -> float:
     """Relative error of the weight after 50 steps."""
     gradient, exact = problem(shape, 0), start(shape, 0)
     param = torch.nn.Parameter(torch.from_numpy(exact.copy()).to(dtype))
@@ -74,12 +74,12 @@ BOUNDS = {torch.float32: 2 * 50 * torch.finfo(torch.float32).eps, torch.float64:
 @pytest.mark.parametrize("problem", [noise_problem, low_rank_problem])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("settings", MODES, ids=lambda s: "-".join(map(str, s.values())) or "default")
-def test_fifty_steps_follow_the_published_iteration(problem, shape, settings, dtype) -> None:  # type: ignore[no-untyped-def]
+def test_fifty_steps_follow_the_published_iteration(problem, shape, settings, dtype) -> None:
     assert fifty_steps(problem, shape, settings, dtype) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (64, 48), (48, 48)])
-def test_its_own_start_is_as_good_as_an_exact_one(shape) -> None:  # type: ignore[no-untyped-def]
+def test_its_own_start_is_as_good_as_an_exact_one(shape) -> None:
     """Where the spike stands out from the tail: a rank of 3, and the block has as many."""
     assert fifty_steps(low_rank_problem, shape, MODES[1], from_svd=False) < BOUNDS[torch.float32]
 
@@ -102,7 +102,7 @@ def direction(M: torch.Tensor, V: torch.Tensor, rule: SpectraRule = RULE) -> tor
 
 @pytest.mark.parametrize("shape", [(128, 128), (128, 300), (300, 128)])
 @pytest.mark.parametrize("values", [[50.0, 20.0, 8.0, 3.0], [5.0, 5.0, 5.0, 5.0], [1e4, 1e2, 10.0, 4.0]])
-def test_the_spike_becomes_the_tails_rms(shape, values) -> None:  # type: ignore[no-untyped-def]
+def test_the_spike_becomes_the_tails_rms(shape, values) -> None:
     """Against exact SVD, once the momentum has settled: singular values of O, and O itself."""
     M = spiked(shape, values)
     V = find_block(M[None], len(values), ShardView(shape))
@@ -144,7 +144,7 @@ def test_a_momentum_that_moves_keeps_its_spike_down() -> None:
         ([1e5, 1e3], 1e-3),  # rounding of the spike, 1e-7 of 1e5, is a hundredth of the tail
     ],
 )
-def test_the_update_has_the_rms_that_is_asked_for(shape, values, tolerance) -> None:  # type: ignore[no-untyped-def]
+def test_the_update_has_the_rms_that_is_asked_for(shape, values, tolerance) -> None:
     """RMS(O) without a sum of its own is RMS(O)."""
     param = torch.nn.Parameter(torch.zeros(shape))
     optimizer = Spectra([param], lr=0.01, rank_ratio=0.05, weight_decay=0.0)
@@ -182,7 +182,7 @@ def test_a_vector_has_no_spike() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"nesterov": True}, {"momentum_dtype": "bf16"}])
-def test_a_zero_momentum_moves_nothing_but_by_weight_decay(settings) -> None:  # type: ignore[no-untyped-def]
+def test_a_zero_momentum_moves_nothing_but_by_weight_decay(settings) -> None:
     """At the first step and later, and the block is not lost over it."""
     gen = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.randn(20, 30, generator=gen))
@@ -202,7 +202,7 @@ def test_a_zero_momentum_moves_nothing_but_by_weight_decay(settings) -> None:  #
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(60, 40), (40, 200)])
-def test_a_momentum_without_a_tail_steps_along_its_polar_factor(rank, shape) -> None:  # type: ignore[no-untyped-def]
+def test_a_momentum_without_a_tail_steps_along_its_polar_factor(rank, shape) -> None:
     """Rank 3 and less in a block of 3: not along rounding, which is all that is left of the tail."""
     gen = torch.Generator().manual_seed(0)
     M = torch.randn(shape[0], rank, generator=gen) @ torch.randn(rank, shape[1], generator=gen)
@@ -261,7 +261,7 @@ def test_state_is_half_of_adamws() -> None:
 
 @pytest.mark.parametrize("ratio", [0.015, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(512, 512), (256, 1024), (1024, 256)])
-def test_workspace_is_what_a_step_takes(ratio, shape) -> None:  # type: ignore[no-untyped-def]
+def test_workspace_is_what_a_step_takes(ratio, shape) -> None:
     params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(2)]
     optimizer = Spectra(params, rank_ratio=ratio)
     for param in params:
@@ -322,7 +322,7 @@ def test_cut_matrices_follow_whole_ones(megatron: Megatron) -> None:
         for name, (m, n, dim, _) in CUT.items():
             gram, left, right = 2 * 3 * 3 * 8, 2 * m * 3 * 4, 2 * n * 3 * 4
             thin = [left, right] if dim else [gram, gram, right]
-            for step in collectives[name][1:]:  # type: ignore[index]
+            for step in collectives[name][1:]:
                 assert step == [("all_reduce", size) for size in [*thin, 2 * 8]]
 
 

@@ -28,7 +28,7 @@ def gradients(shape: tuple[int, int], steps: int = 50) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("settings", [{}, {"period": 7, "beta1": 0.8, "weight_decay": 0.0}])
-def test_fifty_steps_follow_the_published_formulas(shape, settings) -> None:  # type: ignore[no-untyped-def]
+def test_fifty_steps_follow_the_published_formulas(shape, settings) -> None:
     W, steps = start(shape, 0), gradients(shape)
     v = np.linalg.svd(steps[0])[2][0]
     param = torch.nn.Parameter(torch.from_numpy(W).float())
@@ -147,7 +147,7 @@ def test_a_norm_that_is_lost_is_no_jump() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1), (2, 30)])
-def test_vectors_are_matrices_too(shape) -> None:  # type: ignore[no-untyped-def]
+def test_vectors_are_matrices_too(shape) -> None:
     param = torch.nn.Parameter(torch.zeros(shape))
     optimizer = SpectralAdam([param], lr=0.1)
     param.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -210,7 +210,7 @@ def test_cut_matrices_follow_whole_ones(megatron: Megatron) -> None:
     for collectives in runs[1].saved("collectives"):
         for name, (m, n, dim, _) in CUT.items():
             thin = [2 * m * 4, 2 * n * 4] if dim else [2 * 8, 2 * 8, 2 * n * 4]
-            for step in collectives[name][1:]:  # type: ignore[index]
+            for step in collectives[name][1:]:
                 assert step == [("all_reduce", size) for size in [2 * 8, *thin]]
 
 

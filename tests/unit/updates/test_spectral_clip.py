@@ -64,7 +64,7 @@ def ours(part: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("ratio", [0.1, 1, 100, 1000])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_singular_value_is_clipped_softly(shape, kind, ratio, all_reduce) -> None:  # type: ignore[no-untyped-def]
+def test_every_singular_value_is_clipped_softly(shape, kind, ratio, all_reduce) -> None:
     c = 10.0
     X, U, Vt = matrix(shape, kind, ratio * c)
     H, exact = clip(X, c, all_reduce=all_reduce), oracle.clipped(X, c)
@@ -190,7 +190,7 @@ def test_cut_matrices_follow_whole_ones(megatron: Megatron, mode: str, base: str
     if mode == "distributed":  # where the longer side is cut
         expected |= {"rows": "owner"}
     for modes in two.saved("modes"):
-        assert {name: modes[name] for name in MATRICES} == expected  # type: ignore[index]
+        assert {name: modes[name] for name in MATRICES} == expected
 
 
 def test_cut_matrices_need_one_sum_a_step(megatron: Megatron) -> None:

@@ -22,7 +22,7 @@ MODES = [
 ]
 
 
-def fifty_steps(problem, shape, settings, factor=oracle.polar_factor) -> float:  # type: ignore[no-untyped-def]
+def fifty_steps(problem, shape, settings, factor=oracle.polar_factor) -> float:
     """Relative error of the weight after 50 steps; checks the tangent residual of every step."""
     lr = 5e-3
     gradient = problem(shape, 0)
@@ -62,13 +62,13 @@ def fifty_steps(problem, shape, settings, factor=oracle.polar_factor) -> float: 
 @pytest.mark.parametrize("problem", [noise_problem, low_rank_problem])
 @pytest.mark.parametrize("shape", [(48, 64), (32, 80), (80, 32)])
 @pytest.mark.parametrize("settings", MODES, ids=lambda s: "-".join(map(str, s.values())))
-def test_fifty_steps_follow_algorithm_1(problem, shape, settings) -> None:  # type: ignore[no-untyped-def]
+def test_fifty_steps_follow_algorithm_1(problem, shape, settings) -> None:
     assert fifty_steps(problem, shape, settings) < 2e-3
 
 
 @pytest.mark.parametrize("problem", [noise_problem, low_rank_problem])
 @pytest.mark.parametrize("settings", MODES, ids=lambda s: "-".join(map(str, s.values())))
-def test_fifty_steps_of_square_matrices(problem, settings) -> None:  # type: ignore[no-untyped-def]
+def test_fifty_steps_of_square_matrices(problem, settings) -> None:
     """Square momenta have singular values that eight Newton-Schulz steps do not bring to 1.
 
     Down to 1e-5 of the norm here, while the published table reaches to 1e-3; so the reference
