@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.twin import Twin, random_values
-from sso_megatron import Spectra, SpectralAdam
+from sso_megatron import SSO, Spectra, SpectralAdam
 from sso_megatron.matrices.layout import ParameterLayout, gate_up_splits
 
 KINDS = [
@@ -68,7 +68,9 @@ def test_loading_goes_on_to_the_last_bit(kind: Any, settings: dict[str, Any]) ->
         assert torch.equal(a, b)
 
 
-@kinds
+@pytest.mark.parametrize(
+    ("kind", "settings"), [*KINDS, pytest.param(SSO, {"radius_scaler": 2.0}, id="sso")]
+)
 @pytest.mark.parametrize("copy", [deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_train_on_their_own(kind: Any, settings: dict[str, Any], copy: Any) -> None:
     twin = Twin(*random_values(torch.float32))

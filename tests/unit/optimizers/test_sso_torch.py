@@ -288,21 +288,6 @@ def test_looking_at_weights_does_not_change_training() -> None:
 
 
 @pytest.mark.parametrize("copy", [deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_copies_train_on_their_own(copy) -> None:
-    twin = Twin(*random_values(torch.float32))
-    params = twin.params()
-    optimizer = SSO(params, lr=0.05, radius_scaler=2.0)
-    twin.train(params, [optimizer], [0, 1])
-    again = copy(optimizer)
-    copied = again.param_groups[0]["params"]
-    before = params[0].detach().clone()
-    twin.train(copied, [again], [2, 3])
-    assert torch.equal(params[0].detach(), before), "the original is left alone"
-    twin.train(params, [optimizer], [2, 3])
-    assert torch.equal(copied[0], params[0])
-
-
-@pytest.mark.parametrize("copy", [deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_a_copy_leaves_a_scheduler_and_hooks_behind(copy) -> None:
     """A scheduler puts its own ``step`` on the optimizer that it was made for."""
     optimizer = SSO([torch.nn.Parameter(torch.randn(6, 4))])

@@ -13,8 +13,9 @@ from helpers.comparisons import worst_error
 from helpers.cuts import CUT
 from helpers.megatron_runs import Megatron
 from helpers.problems import low_rank_problem, noise_problem, start
+from helpers.step_costs import assert_waits_once, assert_workspace
 from sso_megatron import Spectra, SpectraConfig, SpectralConfig
-from sso_megatron.cli.bench.meters import Flops, HostSyncs, PeakMemory
+from sso_megatron.cli.bench.meters import Flops
 from sso_megatron.linalg.block_iteration import find_block
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.linalg.polar import msign
@@ -262,28 +263,15 @@ def test_state_is_half_of_adamws() -> None:
 @pytest.mark.parametrize("ratio", [0.015, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(512, 512), (256, 1024), (1024, 256)])
 def test_workspace_is_what_a_step_takes(ratio, shape) -> None:
-    params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(2)]
-    optimizer = Spectra(params, rank_ratio=ratio)
-    for param in params:
-        param.grad = torch.randn(shape)
-    optimizer.step()
-    with PeakMemory() as memory:
-        optimizer.step()
-    said = 2 * optimizer.workspace(shape, torch.float32)
-    assert 0.5 * said < memory.peak_bytes <= said
+    assert_workspace(Spectra, shape, 0.5, rank_ratio=ratio)
 
 
-def test_the_first_step_is_the_only_one_that_waits() -> None:
+@pytest.mark.parametrize(
+    "settings", [{}, {"nesterov": True}, {"momentum_dtype": "bf16"}, {"power_iterations": 3}]
+)
+def test_the_first_step_is_the_only_one_that_waits(settings) -> None:
     shapes = [(96, 96), (96, 96), (128, 80), (48, 192), (8, 8), (40, 1), (1, 5)]
-    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    for settings in ({}, {"nesterov": True}, {"momentum_dtype": "bf16"}, {"power_iterations": 3}):
-        optimizer = Spectra(params, rank_ratio=0.1, **settings)
-        for number in range(3):
-            for param in params:
-                param.grad = torch.randn_like(param)
-            with HostSyncs() as syncs:
-                optimizer.step()
-            assert (syncs.count > 0) == (number == 0), syncs.sources
+    assert_waits_once(Spectra, shapes, rank_ratio=0.1, **settings)
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (1536, 512), (512, 1536)])

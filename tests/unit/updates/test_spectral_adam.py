@@ -11,8 +11,8 @@ from helpers.comparisons import worst_error
 from helpers.cuts import CUT, MATRICES
 from helpers.megatron_runs import Megatron
 from helpers.problems import start
+from helpers.step_costs import assert_waits_once, assert_workspace
 from sso_megatron import SpectralAdam
-from sso_megatron.cli.bench.meters import HostSyncs, PeakMemory
 
 NAME = "param_groups[0].params[0]"
 SHAPES = [(48, 64), (32, 80), (80, 32), (48, 48)]
@@ -155,28 +155,13 @@ def test_vectors_are_matrices_too(shape) -> None:
     torch.testing.assert_close(param.detach(), -0.1 * param.grad.sign(), rtol=1e-5, atol=1e-6)
 
 
-def test_workspace_is_what_a_step_takes() -> None:
-    for shape in ((512, 512), (256, 1024)):
-        params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(2)]
-        optimizer = SpectralAdam(params)
-        for param in params:
-            param.grad = torch.randn(shape)
-        optimizer.step()
-        with PeakMemory() as memory:
-            optimizer.step()
-        said = 2 * optimizer.workspace(shape, torch.float32)
-        assert 0.9 * said < memory.peak_bytes <= said
+@pytest.mark.parametrize("shape", [(512, 512), (256, 1024)])
+def test_workspace_is_what_a_step_takes(shape) -> None:
+    assert_workspace(SpectralAdam, shape, 0.9)
 
 
 def test_the_first_step_is_the_only_one_that_waits() -> None:
-    params = [torch.nn.Parameter(torch.randn(s)) for s in ((96, 96), (96, 96), (128, 80), (40, 1))]
-    optimizer = SpectralAdam(params)
-    for number in range(4):
-        for param in params:
-            param.grad = torch.randn_like(param)
-        with HostSyncs() as syncs:
-            optimizer.step()
-        assert (syncs.count > 0) == (number == 0), syncs.sources
+    assert_waits_once(SpectralAdam, [(96, 96), (96, 96), (128, 80), (40, 1)])
 
 
 def test_settings_are_checked() -> None:
