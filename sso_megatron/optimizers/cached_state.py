@@ -40,7 +40,8 @@ class CachedField:
 
     def placeholder(self) -> Tensor:
         """Return a value of the right shape that means nothing."""
-        return torch.full(self.shape, 1.0 if self.default is None else self.default)
+        # From a given value: a plan makes other tensors on the meta device, where no bool can be read.
+        return torch.tensor(1.0 if self.default is None else self.default).expand(self.shape)
 
 
 Fields = Sequence[CachedField]

@@ -120,7 +120,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.reset_caches()
         self._loaded = dict(states)
 
-    def start_cache[C](self, batch: MatrixBatch, make: Callable[[bool], C]) -> C:
+    def make_cache[C](self, batch: MatrixBatch, make: Callable[[bool], C]) -> C:
         """Make the cache of a batch from loaded state as far as that fits, and from ``make`` otherwise.
 
         The loaded state of its matrices is forgotten.
@@ -192,7 +192,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def cached_fields(self, shape: tuple[int, int]) -> tuple[CachedField, ...]:
         """Return what is kept for a matrix of this global shape beside its parameter's state; here nothing.
 
-        An optimizer with fields calls ``start_cache`` for a batch whose ``cache`` is None.
+        An optimizer with fields calls ``make_cache`` for a batch whose ``cache`` is None.
         """
         return ()
 

@@ -79,7 +79,7 @@ class Spectra(SpectralOptimizer):
         if view.first_column is not None:
             W, N = W.mT, N.mT
         if batch.cache is None:
-            self.start_cache(batch, lambda is_known: self._new_cache(batch, N, is_known))
+            self.make_cache(batch, lambda is_known: self._new_cache(batch, N, is_known))
         lr = batch.group["lr"]
         batch.stats = spectra_step_(W, N, batch.cache, lr=lr, rule=self._rule, view=view)
 

@@ -80,7 +80,7 @@ class SpectralAdam(SpectralOptimizer):
         if view.first_column is not None:
             W, N, averages = W.mT, N.mT, averages.mT
         if batch.cache is None:
-            self.start_cache(batch, lambda is_known: self._new_cache(batch, N, is_known))
+            self.make_cache(batch, lambda is_known: self._new_cache(batch, N, is_known))
         batch.stats = spectral_adam_step_(
             W,
             N,

@@ -192,7 +192,7 @@ class SSO(SpectralOptimizer):
         """Make the cache of a batch that has none: from a checkpoint, else from the weights."""
         if batch.cache is not None:
             return
-        cache = self.start_cache(batch, lambda is_known: self._new_cache(batch, W, is_known))
+        cache = self.make_cache(batch, lambda is_known: self._new_cache(batch, W, is_known))
         scaler = self.config.radius_scaler
         for radius, loaded in zip(cache.radius, cache.radius_scaler.tolist(), strict=True):
             if loaded != scaler:  # by the ratio, and not at all where it is 1: c R / c is not always R

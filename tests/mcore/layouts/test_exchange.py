@@ -189,7 +189,7 @@ def test_groups_that_share_ranks_meet(megatron: Megatron, mode: str) -> None:
         group = range(4) if i % 3 == 0 else [(0, 1), (2, 3)][i % 3 - 1]
         value = torch.nn.Parameter(whole.clone())
         value.grad = whole.cos()
-        alone = Descent([value], SpectralConfig(), None)
+        alone = Descent([value], 0.1)
         for _ in range(2):
             alone.step()
         finals = run.saved("final")
