@@ -1,4 +1,4 @@
-"""``torchrun ... -m sso_megatron.pretrain_gpt <any Megatron flags> --optimizer sso``."""
+"""Trains: ``torchrun ... -m sso_megatron.pretrain_gpt <any Megatron flags> --optimizer sso``."""
 
 from sso_megatron.cli.train.pretrain_gpt import main
 

@@ -1,4 +1,4 @@
-"""``python -m sso_megatron.run``: see ``sso_megatron.cli.train.run``."""
+"""Starts ``python -m sso_megatron.run``, which ``sso_megatron.cli.train.run`` implements."""
 
 import sys
 

@@ -1,1 +1,1 @@
-"""What people start: training scripts and the console command."""
+"""The programs that people start: training scripts and the console command."""

@@ -1,4 +1,4 @@
-"""`sso-megatron criterion`: says which modules a spectral update should help, from a run's records."""
+"""``sso-megatron criterion`` says which modules a spectral update should help, from a run's records."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""`sso-megatron export`: a checkpoint with its weights exactly on their spheres, for evaluation."""
+"""``sso-megatron export`` writes a checkpoint's weights exactly on their spheres, for evaluation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sso_megatron.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_FILE_BYTES = 5_000_000_000
-"""Of one file of tensors, as Hugging Face has it; a larger tensor gets a file of its own."""
+"""Largest size of a file of tensors, as Hugging Face has it; a larger tensor gets a file of its own."""
 
 _SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
@@ -74,7 +74,7 @@ def _publish(
     matrices: list[export.ExportedMatrix],
     options: argparse.Namespace,
 ) -> None:
-    """Write the model under another name and rename it: ``out`` is complete or not there."""
+    """Write the model under another name and rename it, so that ``out`` is complete or does not exist."""
     dtype = DTYPES[options.dtype]
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output: same file system, so that the rename is atomic. The folder inside has the
@@ -91,7 +91,7 @@ def _publish(
 
 
 def _metadata(checkpoint: loading.Checkpoint, num_matrices: int) -> dict[str, str]:
-    """What the file says about itself; safetensors keeps strings alone."""
+    """Return the metadata of a file, as strings because safetensors keeps no other values."""
     args, sso, shared = checkpoint.args, checkpoint.config, checkpoint.shared
     sizes = {name: value for name in _SIZES if (value := getattr(args, name, None)) is not None}
     run = {
@@ -117,9 +117,9 @@ def _write_safetensors(
     """Write tensors in order into files of at most ``limit`` bytes, as Hugging Face names them.
 
     Args:
-        folder: an empty one.
-        tensors: by name; not more than a file of them is held at once.
-        metadata: goes into every file.
+        folder: an empty folder.
+        tensors: names and tensors; not more than a file of them is held in memory at once.
+        metadata: written into every file.
         limit: bytes of tensors in a file.
     """
     from safetensors.torch import save_file

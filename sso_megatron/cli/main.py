@@ -1,4 +1,4 @@
-"""The console command ``sso-megatron``: subcommands, each imported when it is called and not before.
+"""Runs the console command ``sso-megatron``, which imports a subcommand when it is called and not before.
 
 So ``--version`` and ``--help`` need neither torch nor Megatron.
 """
@@ -23,14 +23,14 @@ COMMANDS = {
     "render": ("experiments.command", "the flags of an experiment of configs/, for a command line"),
     "patch": ("patch", "show, apply or revert the patches for a Megatron-LM checkout"),
 }
-"""By name: the module in ``cli``, which has ``add_arguments`` and ``run``, and a line of help."""
+"""Maps a name to the module in ``cli``, which has ``add_arguments`` and ``run``, and to a line of help."""
 
 
 def make_parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser of ``sso-megatron``, with the arguments of one subcommand.
+    """Return the parser of ``sso-megatron``, with the arguments of one subcommand.
 
     Args:
-        command: the subcommand whose module is imported; None for none of them.
+        command: the subcommand whose module is imported; None to import none.
     """
     parser = argparse.ArgumentParser(
         prog="sso-megatron", description="Spectral optimizers for Megatron-Core."
@@ -47,7 +47,7 @@ def make_parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return its exit code: 2 after one line on what is wrong."""
+    """Run a subcommand and return its exit code, which is 2 after an error was printed in one line."""
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in words if not word.startswith("-")), "")
     parser = make_parser(command)

@@ -1,4 +1,4 @@
-"""``sso-megatron patch``: the series of ``patches/`` on a Megatron-LM folder, by ``git apply``."""
+"""``sso-megatron patch`` applies the series of ``patches/`` to a Megatron-LM folder by ``git apply``."""
 
 import argparse
 import os
@@ -12,22 +12,22 @@ import sso_megatron
 from sso_megatron.mcore.compat import versions
 
 SERIES = {"0.18": "core_v0.18", "0.19": "core_v0.19", "0.20": "main"}
-"""Folder in ``patches/`` for each minor version; the last is that of Megatron-LM's main branch."""
+"""Maps a minor version to its folder in ``patches/``; the last is that of Megatron-LM's main branch."""
 
 _PACKAGE_INFO = Path("megatron", "core", "package_info.py")
 
 
 class PatchError(ValueError):
-    """What the user can mend; one line."""
+    """An error that the user can repair, described in one line."""
 
 
 @dataclass(frozen=True)
 class PatchedFile:
-    """What a patch does to one file.
+    """The state of one patch in one file.
 
     Attributes:
         patch: name of the patch.
-        file: relative to the folder that is patched.
+        file: path relative to the folder that is patched.
         state: ``applied``, ``not applied`` or ``does not fit``.
     """
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the ``patch`` command; ``check`` returns the exit code that its help tells."""
+    """Run the ``patch`` command; for ``check``, return the exit code that its help describes."""
     target = Target(options.folder, options.patches)
     if options.action == "check":
         return _check(target)
@@ -61,24 +61,24 @@ def run(options: argparse.Namespace) -> int:
 
 
 class Target:
-    """A folder with Megatron and the series of patches for its version.
+    """A folder that holds Megatron, and the series of patches for its version.
 
     Attributes:
-        folder: with ``megatron`` in it.
-        version: of its Megatron-Core.
+        folder: folder with ``megatron`` in it.
+        version: version of its Megatron-Core.
         series: folder of the patches.
-        patches: in their order. Those of a series change different files.
+        patches: the patches, in their order. Patches of a series change different files.
     """
 
     def __init__(self, folder: Path, patches: Path | None) -> None:
-        """Find version and series.
+        """Find the version of Megatron-Core, and the series for it.
 
         Args:
-            folder: named by the user.
-            patches: likewise; None for the one beside the package.
+            folder: folder to patch, as the user named it.
+            patches: folder of all series, as the user named it; None for the one beside the package.
 
         Raises:
-            PatchError: one of them is not what it must be, or git is missing.
+            PatchError: one of the folders is not what it must be, or git is missing.
         """
         self.folder = folder.resolve()
         if not (self.folder / _PACKAGE_INFO).is_file():
@@ -101,7 +101,7 @@ class Target:
             raise PatchError("git must be installed; it applies the patches")
 
     def parts(self) -> list[PatchedFile]:
-        """The state of every file that the series changes."""
+        """Return the state of every file that the series changes."""
         return [
             PatchedFile(patch.stem, file, self._state(patch, file))
             for patch in self.patches
@@ -120,10 +120,10 @@ class Target:
         return "does not fit"
 
     def change(self, files: list[str], reverse: bool) -> None:
-        """Apply the series to these files, or take it back; git changes all of them or none.
+        """Apply the series to these files, or revert it; git changes all of them or none.
 
         Raises:
-            PatchError: git could not.
+            PatchError: git could not apply or revert it.
         """
         for file in files:
             path = self.folder / file
@@ -136,8 +136,8 @@ class Target:
             raise PatchError(f"git apply: {' '.join(result.stderr.split())}")
 
     def _git(self, *arguments: str, text: str) -> subprocess.CompletedProcess[str]:
-        # In a folder inside of a repository git would take paths from that repository's root, and pass
-        # over all that lie elsewhere without a word: it must not look above the folder.
+        # In a folder inside of a repository git would take paths from that repository's root, and silently
+        # ignore all that are elsewhere: it must not look above the folder.
         env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
         return subprocess.run(
             ["git", "-c", "core.autocrlf=false", "apply", "--whitespace=nowarn", *arguments, "-"],
@@ -173,7 +173,7 @@ def _check(target: Target) -> int:
 
 
 def _described(parts: list[PatchedFile]) -> str:
-    """The state of one patch."""
+    """Return the state of one patch in words."""
     states = {part.state for part in parts}
     if len(states) == 1 and "does not fit" not in states:
         return parts[0].state

@@ -1,1 +1,1 @@
-"""Pure functions on batches of matrices: torch only, no state, no process groups."""
+"""Pure functions on batches of matrices, written with torch: no state, no process groups."""

@@ -1,7 +1,7 @@
-"""Cached power iteration with a block: the largest singular directions of matrices that change slowly.
+"""Finds the largest singular directions of slowly changing matrices by cached power iteration with a block.
 
-An orthogonal iteration, whose block is carried on from step to step (arXiv 2602.11185); with one column it
-is the ordinary power iteration. Matrices may be cut (``linalg.shard_view``).
+This is an orthogonal iteration whose block is kept from step to step (arXiv 2602.11185); with one column
+it is the ordinary power iteration. Matrices may be sharded (``linalg.shard_view``).
 """
 
 from typing import NamedTuple
@@ -13,18 +13,18 @@ from sso_megatron.linalg.orthonormal import orthonormalize, random_basis
 from sso_megatron.linalg.precision import float32_products
 from sso_megatron.linalg.shard_view import ShardView
 
-# Passes of a start from random vectors: with these the block has more of M than torch.svd_lowrank finds, on
-# noise, spikes in noise and singular values that fall as j^-1/2 and j^-1 (512 x 512 and 512 x 1536).
+# Passes of a start from random vectors: with these the block has more of M than torch.svd_lowrank finds,
+# for noise, spikes in noise and singular values that fall as j^-1/2 and j^-1 (512 x 512 and 512 x 1536).
 _COLD_PASSES = 4
 
 
 class Block(NamedTuple):
-    """What ``iterate_block`` finds of ``(m, n)`` matrices.
+    """The result of ``iterate_block`` for ``(m, n)`` matrices.
 
     Attributes:
-        U: ``(b, p, k)`` the rows held here of an orthonormal block on the left.
-        Y: ``(b, n, k)``, ``M^T U``, whole.
-        lengths: ``(b, k)`` float64 lengths of Y's columns: the singular values, once it has settled.
+        U: ``(b, p, k)`` this rank's rows of an orthonormal block on the left.
+        Y: ``(b, n, k)``, ``M^T U``, whole on every rank.
+        lengths: ``(b, k)`` float64 lengths of Y's columns: the singular values, once these have settled.
     """
 
     U: Tensor
@@ -33,15 +33,15 @@ class Block(NamedTuple):
 
 
 def iterate_block(M: Tensor, V: Tensor, view: ShardView, *, num_passes: int = 1) -> Block:
-    """``U`` an orthonormal basis of ``M V``, and ``Y = M^T U``; its unit columns are the next pass's ``V``.
+    """Return an orthonormal basis ``U`` of ``M V``, and ``Y = M^T U``, whose unit columns are the next V.
 
-    A pass takes ``4 p q k`` flops. Sums over ranks: three a pass where rows are cut (two of ``k x k``
-    float64 numbers, one of ``n x k``), two where columns are cut (of ``m x k`` and ``n x k``).
+    A pass takes ``4 p q k`` flops. Sums over ranks: three a pass where rows are sharded (two of ``k x k``
+    float64 numbers, one of ``n x k``), two where columns are sharded (of ``m x k`` and ``n x k``).
 
     Args:
-        M: ``(b, p, q)`` float32 or float64, the part that is held here.
+        M: ``(b, p, q)`` float32 or float64, this rank's shard.
         V: ``(b, n, k)`` block to start from, the same on every rank; its columns need not be orthogonal.
-        view: where M lies in the whole matrices.
+        view: the place of M in the whole matrices.
         num_passes: at least 1.
     """
     block = _pass(M, V, view)
@@ -59,15 +59,15 @@ def _pass(M: Tensor, V: Tensor, view: ShardView) -> Block:
 
 @float32_products("ieee")
 def find_block(M: Tensor, k: int, view: ShardView) -> Tensor:
-    """``(b, n, k)`` right singular vectors to start from, largest first, the same on every rank.
+    """Return ``(b, n, k)`` right singular vectors to start from, largest first, the same on every rank.
 
-    From a fixed random block, by four passes and a rotation within what they found; the host waits for the
-    device. Where M has fewer than k directions the others are random.
+    They come from a fixed random block, by four passes and a rotation within the space that these find;
+    the host waits for the device. Where M has fewer than k directions the others are random.
     """
     n = view.shape[1]
     V = random_basis(n, k, M)
     _, Y, lengths = iterate_block(M, V, view, num_passes=_COLD_PASSES)
-    # Scaled, so that the squares of small momenta are there for eigh.
+    # Scaled, so that the squares of small momenta do not underflow before eigh.
     size = torch.linalg.vector_norm(lengths, dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
     Y = Y.double() / size[:, None, None]
     Y = Y @ gram_eigh(Y)[1].flip(-1)
@@ -77,26 +77,30 @@ def find_block(M: Tensor, k: int, view: ShardView) -> Tensor:
 
 
 def gram_eigh(Y: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors of ``Y^T Y``; NaN and the identity where Y is not finite.
+    """Return the ascending eigenvalues and the eigenvectors of ``Y^T Y``.
+
+    Where Y is not finite these are NaN and the identity.
 
     Args:
         Y: ``(b, n, k)`` float64.
     """
     gram = Y.mT @ Y
     is_finite = gram.isfinite().all(dim=-1).all(dim=-1)
-    # For one matrix that is not finite eigh would raise an error, and give no result of the others.
+    # For one matrix that is not finite eigh would raise an error, and return nothing for the others.
     values, vectors = torch.linalg.eigh(torch.where(is_finite[:, None, None], gram, 0.0))
     return torch.where(is_finite[:, None], values, torch.nan), vectors
 
 
 def unit_columns(Y: Tensor, lengths: Tensor, *, otherwise: Tensor, floor: Tensor | float = 0.0) -> Tensor:
-    """``Y`` with its columns divided by their ``lengths``; those not above ``floor`` from ``otherwise``.
+    """Return ``Y`` with its columns divided by their ``lengths``.
+
+    Columns whose length is not above ``floor`` are taken from ``otherwise``.
 
     Args:
         Y: ``(b, n, k)``.
-        lengths: ``(b, k)`` float64.
+        lengths: ``(b, k)`` float64 lengths of Y's columns.
         otherwise: ``(b, n, k)``.
-        floor: at least 0, of all or ``(b, 1)``.
+        floor: at least 0, one number for all columns or ``(b, 1)``.
     """
     is_long = (lengths > floor) & (lengths > torch.finfo(Y.dtype).tiny)
     scales = torch.where(is_long, 1 / lengths, 0.0).to(Y.dtype)

@@ -1,7 +1,7 @@
-"""Coefficient tables of the Newton-Schulz polynomials, taken from emerging-optimizers.
+"""Takes the coefficient tables of the Newton-Schulz polynomials from emerging-optimizers.
 
-This is the one file outside ``mcore/`` and ``cli/`` that imports emerging-optimizers: the tables live
-there, with their sources, and a second copy here could only drift.
+Outside ``mcore/`` and ``cli/`` only this file and ``linalg/symmetric.py`` import emerging-optimizers: the
+tables are there, with their sources, and a second copy here could only drift.
 """
 
 import functools
@@ -28,7 +28,7 @@ def _tables() -> dict[str, Coefficients]:
 
 
 def coefficient_types() -> tuple[str, ...]:
-    """Names that ``polar_coefficients`` accepts.
+    """Return the names of the tables that ``polar_coefficients`` accepts.
 
     Raises:
         ImportError: emerging-optimizers is not installed.
@@ -37,7 +37,7 @@ def coefficient_types() -> tuple[str, ...]:
 
 
 def polar_coefficients(coefficient_type: str, num_steps: int) -> Coefficients:
-    """The ``(a, b, c)`` of each Newton-Schulz step ``X <- a X + (b A + c A^2) X``, ``A = X X^T``.
+    """Return the ``(a, b, c)`` of each Newton-Schulz step ``X <- a X + (b A + c A^2) X``, ``A = X X^T``.
 
     Args:
         coefficient_type: ``polar_express`` (arXiv 2505.16932, lower bound 1e-3, safety 1.01, 8 rows)

@@ -1,4 +1,4 @@
-"""Orthonormal bases: of a thin block whose rows may be cut over ranks, and random ones to start from."""
+"""Makes orthonormal bases: of a thin block whose rows may be sharded, and random ones to start from."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,15 @@ from torch import Tensor
 from sso_megatron.linalg.polar import AllReduce
 
 # Added to the Gram matrix of unit columns, so that rounding cannot end its Cholesky factorisation early:
-# the largest error of a sum of 1e4 products in float64. What is left of a column beside the ones before
-# it comes out of a pass at full length if it was longer than 1e-6; below, the second pass does the rest.
+# the largest error of a sum of 1e4 products in float64. The component of a column that is orthogonal to the
+# columns before it comes out of a pass at full length if it was longer than 1e-6; for a shorter one the
+# second pass does the rest.
 _SHIFT = 1e-12
 _PASSES = 2
 
 
 def random_basis(n: int, k: int, like: Tensor) -> Tensor:
-    """An orthonormal block ``(b, n, min(k, n))`` to start from, the same for every matrix, rank and device.
+    """Return an orthonormal block ``(b, n, min(k, n))``, the same for every matrix, rank and device.
 
     Args:
         n: rows.
@@ -28,11 +29,12 @@ def random_basis(n: int, k: int, like: Tensor) -> Tensor:
 
 
 def orthonormalize(P: Tensor, all_reduce: AllReduce | None = None) -> Tensor:
-    """``U`` with the orthonormal columns of a QR factorisation of ``P``, in two passes of Cholesky-QR.
+    """Return ``U``, the orthonormal columns of a QR factorisation of ``P``, by two passes of Cholesky-QR.
 
-    Columns may be of any scales. Where nothing but rounding is left of a column beside those before it,
-    it comes out arbitrary or zero, at most of length 1; a zero column as zero. Signs are those of a
-    triangular factor with a positive diagonal. The passes are in float64, and do not wait for the device.
+    Columns may have any scale. Where the component of a column that is orthogonal to the columns before it
+    is only rounding, the column comes out arbitrary or zero, with a length of at most 1; a zero column
+    comes out zero. Signs are those of a triangular factor with a positive diagonal. The passes are in
+    float64, and do not wait for the device.
 
     Args:
         P: ``(b, p, k)`` float32 or float64, all rows or this rank's.
@@ -49,7 +51,7 @@ def orthonormalize(P: Tensor, all_reduce: AllReduce | None = None) -> Tensor:
         if all_reduce is not None:
             gram = all_reduce(gram)
         lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        # Once only: what is short after a pass is rounding, and must not grow.
+        # Once only: a column that is short after a pass is rounding, and must not grow.
         scales = torch.where(lengths > 0, 1 / lengths, 0.0) if number == 0 else torch.ones_like(lengths)
         gram = scales.unsqueeze(-1) * gram * scales.unsqueeze(-2)
         factor = torch.linalg.cholesky_ex(gram + _SHIFT * unit).L

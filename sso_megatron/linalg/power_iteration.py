@@ -1,4 +1,4 @@
-"""Top singular triplet by Chebyshev-filtered block power iteration with a warm start.
+"""Finds the top singular triplet by Chebyshev-filtered block power iteration with a warm start.
 
 Weights trained by SSO have many singular values close to the largest one (the tangent constraint
 holds back one direction while the others rise to the sphere), and there a single vector
@@ -18,7 +18,7 @@ from torch import Tensor
 from sso_megatron.linalg.orthonormal import random_basis
 from sso_megatron.linalg.polar import AllReduce, times, times_thin
 
-# Squarings of a k x k matrix of Ritz values: the 2^24th power tells values apart that differ by 1e-7,
+# Squarings of a k x k matrix of Ritz values: the 2^24th power separates values that differ by 1e-7,
 # the 2^8th gives the largest itself to 2 %, enough for the filter's interval.
 _VECTOR_SQUARINGS, _VALUE_SQUARINGS = 24, 8
 
@@ -29,7 +29,7 @@ class TopSingular(NamedTuple):
     Attributes:
         sigma: ``(b,)`` largest Ritz value: a lower bound of the spectral norm.
         u: ``(b, m)`` left singular vectors, unit length (zero for a zero matrix); where the rows are
-            cut, this rank's part of them.
+            sharded, this rank's shard of them.
         v: ``(b, n)`` right singular vectors, unit length.
         basis: ``(b, s, k)`` orthonormal block to start the next call from.
     """
@@ -41,12 +41,12 @@ class TopSingular(NamedTuple):
 
 
 def start_basis(W: Tensor, block_size: int, *, rows_are_cut: bool = False) -> Tensor:
-    """An orthonormal ``(b, s, k)`` block to start from, the same on every rank and device.
+    """Return an orthonormal ``(b, s, k)`` block to start from, the same on every rank and device.
 
     Args:
         W: ``(b, m, n)``; gives shape, dtype and device.
         block_size: ``k``; no more than ``s`` columns are made.
-        rows_are_cut: ``s`` is ``n``, the side that is whole here; else it is ``min(m, n)``.
+        rows_are_cut: whether ``s`` is ``n``, the side that is not sharded; else it is ``min(m, n)``.
     """
     side = W.size(-1) if rows_are_cut else min(W.shape[-2:])
     return random_basis(side, block_size, W)
@@ -61,10 +61,10 @@ def power_iteration(
     all_reduce: AllReduce | None = None,
     gram: Tensor | None = None,
 ) -> TopSingular:
-    """``(sigma, u, v)`` of every matrix of a batch, and the block for the next call.
+    """Return ``(sigma, u, v)`` of every matrix of a batch, and the block for the next call.
 
     On whole matrices one pass costs ``2 degree + 1`` products of ``W`` with ``k`` vectors, one QR and
-    some fifty products of ``k x k`` matrices. Where rows are cut the products go through the Gram
+    some fifty products of ``k x k`` matrices. Where rows are sharded the products go through the Gram
     matrix ``W^T W``, which is summed once: one ``all_reduce`` however many passes.
 
     Args:
@@ -103,12 +103,13 @@ def power_iteration(
 
 
 def top_eigenvector(A: Tensor) -> Tensor:
-    """A unit vector of the largest eigenvalue, ``(b, k)``, of symmetric positive semi-definite matrices.
+    """Return a unit eigenvector ``(b, k)`` of the largest eigenvalue of positive semi-definite matrices.
 
-    Of eigenvalues closer than 1e-7 of the largest some mixture; a first unit vector for a zero matrix.
+    Where other eigenvalues are within 1e-7 of the largest, the vector is some mixture of theirs; for a
+    zero matrix it is the first unit vector.
 
     Args:
-        A: ``(b, k, k)`` float64.
+        A: ``(b, k, k)`` float64, symmetric.
     """
     power = A
     for _ in range(_VECTOR_SQUARINGS):
@@ -122,7 +123,11 @@ def top_eigenvector(A: Tensor) -> Tensor:
 
 
 def _largest_eigenvalue(A: Tensor) -> Tensor:
-    """``(b,)`` of ``(b, k, k)`` float64, positive semi-definite: never too small, at most 2 % too large."""
+    """Return the largest eigenvalues ``(b,)`` of matrices, never too small and at most 2 % too large.
+
+    Args:
+        A: ``(b, k, k)`` float64, positive semi-definite.
+    """
     logarithm = torch.zeros_like(A[:, 0, 0])
     for squaring in range(_VALUE_SQUARINGS + 1):
         trace, A = _over_trace(A)
@@ -132,13 +137,13 @@ def _largest_eigenvalue(A: Tensor) -> Tensor:
 
 
 def _over_trace(A: Tensor) -> tuple[Tensor, Tensor]:
-    """The trace, and ``A`` divided by it; a zero matrix stays zero."""
+    """Return the trace, and ``A`` divided by it; a zero matrix stays zero."""
     trace = A.diagonal(dim1=-2, dim2=-1).sum(dim=-1).clamp_min(torch.finfo(A.dtype).tiny)
     return trace, A / trace[:, None, None]
 
 
 def _chebyshev_filter(apply: Callable[[Tensor], Tensor], V: Tensor, degree: int) -> Tensor:
-    """``p(A) V`` with ``|p| <= p(theta_k)`` below the smallest Ritz value and steep above it.
+    """Return ``p(A) V`` with ``|p| <= p(theta_k)`` below the smallest Ritz value and steep above it.
 
     The three-term recurrence is scaled to 1 at the largest Ritz value (Zhou and Saad's scaled form),
     so nothing overflows however far apart the singular values are.

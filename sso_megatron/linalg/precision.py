@@ -1,4 +1,4 @@
-"""The precision of products of float32 matrices, whatever the model's own products are set to."""
+"""Sets the precision of products of float32 matrices, whatever the model's own products are set to."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,9 @@ import torch
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Make products of float32 matrices in ``precision`` within the block; also a decorator.
+    """Compute products of float32 matrices in ``precision`` within the block; also a decorator.
 
-    ``torch.set_float32_matmul_precision`` and its like are global, and meant for the model.
+    ``torch.set_float32_matmul_precision`` and similar settings are global, and meant for the model.
 
     Args:
         precision: ``ieee`` for float32 as it is; ``tf32`` for tensor cores, which round the factors to ten
@@ -29,7 +29,7 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def _own_setting(matmul: Any) -> str:
-    """What a backend is set to itself; ``none`` where it follows ``torch.backends.fp32_precision``."""
+    """Return a backend's own setting, ``none`` where it follows ``torch.backends.fp32_precision``."""
     seen = matmul.fp32_precision
     matmul.fp32_precision = "none"
     followed: str = matmul.fp32_precision

@@ -1,8 +1,9 @@
-"""Products of matrices with thin blocks where each rank holds a part of the matrices.
+"""Multiplies matrices by thin blocks where each rank holds a shard of the matrices.
 
-Rows may be cut over ranks, or columns, or nothing. Blocks ``(b, n, k)`` on the side of the columns are
-whole on every rank, and ``(b, m, k)`` on the side of the rows lie as the rows do: so what an algorithm
-keeps on the columns' side is the same in every layout. The matrices themselves never travel.
+Matrices may be sharded along rows, along columns, or not at all. Blocks ``(b, n, k)`` on the side of the
+columns are whole on every rank, and blocks ``(b, m, k)`` on the side of the rows are sharded as the rows
+are: so the state of an algorithm on the columns' side is the same in every layout. The matrices
+themselves are never communicated.
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from sso_megatron.linalg.polar import AllReduce, times_thin
 
 @dataclass(frozen=True)
 class ShardView:
-    """The part ``(b, p, q)`` of a batch of ``(m, n)`` matrices that is held here.
+    """Describes this rank's shard ``(b, p, q)`` of a batch of ``(m, n)`` matrices.
 
     Attributes:
         shape: global ``(m, n)``.
-        all_reduce: sum over the ranks that hold the other parts; None where matrices are whole.
-        first_column: place of the first column that is held here where columns are cut; None where rows
-            are cut, or nothing. Rows may be padded with zeros, columns not.
+        all_reduce: sum over the ranks that hold the other shards; None where matrices are whole.
+        first_column: index of the shard's first column where columns are sharded; None where rows are
+            sharded, or nothing. Rows may be padded with zeros, columns not.
     """
 
     shape: tuple[int, int]
@@ -29,19 +30,19 @@ class ShardView:
 
     @property
     def rows_all_reduce(self) -> AllReduce | None:
-        """Sum over the ranks that hold the other rows; None where all rows are here."""
+        """Sum over the ranks that hold the other rows; None where this rank holds all rows."""
         return self.all_reduce if self.first_column is None else None
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum over the parts. One sum where matrices are cut."""
+        """Return the sum of ``x`` over the shards. Collective: one sum where matrices are sharded."""
         return x if self.all_reduce is None else self.all_reduce(x)
 
     def own_columns(self, M: Tensor, X: Tensor) -> Tensor:
-        """The rows ``(b, q, k)`` of a whole block ``(b, n, k)`` that belong to the columns of M; a view."""
+        """Return a view of the rows ``(b, q, k)`` of a block ``(b, n, k)`` that belong to M's columns."""
         return X if self.first_column is None else X.narrow(-2, self.first_column, M.size(-1))
 
     def times(self, M: Tensor, V: Tensor) -> Tensor:
-        """``M V`` for ``(b, n, k)``, the rows that are held here. One sum where columns are cut.
+        """Return this rank's rows ``(b, p, k)`` of ``M V``. Collective: one sum where columns are sharded.
 
         Args:
             M: ``(b, p, q)``.
@@ -51,11 +52,11 @@ class ShardView:
         return image if self.first_column is None else self.sum(image)
 
     def transpose_times(self, M: Tensor, U: Tensor) -> Tensor:
-        """``M^T U``, ``(b, n, k)``, whole on every rank. One sum where matrices are cut.
+        """Return ``M^T U``, ``(b, n, k)``, whole on every rank. Collective: one sum where M is sharded.
 
         Args:
             M: ``(b, p, q)``.
-            U: ``(b, p, k)``, the rows that are held here.
+            U: ``(b, p, k)``, the rows that this rank holds.
         """
         image = times_thin(M.mT, U)
         if self.first_column is not None:

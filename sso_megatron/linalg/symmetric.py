@@ -1,7 +1,7 @@
-"""Products whose result is symmetric, and in what precision and by which kernel they are made.
+"""Computes products whose result is symmetric, in a chosen precision and by a chosen kernel.
 
 A kernel that knows the result to be symmetric computes half of it. Such kernels are for bfloat16 on CUDA
-and large matrices; everything else goes by torch.
+and large matrices; torch computes everything else.
 """
 
 import functools
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from sso_megatron.linalg.precision import float32_products
 
-# What brings a kernel, and from how many columns of the product it is taken. Triton's takes
+# The packages that contain a kernel, and from how many columns of the product it is used. Triton's takes
 # one matrix at a time and pays where its tiles fill the device; QuACK's takes a batch, and 256 is the bound
-# that gram-newton-schulz takes it from. Not measured here.
+# from which gram-newton-schulz uses it. Not measured here.
 _KERNELS = {"triton": ("emerging-optimizers triton", 2048), "quack": ("quack-kernels", 256)}
 
 
 @functools.cache
 def load_kernel(name: str) -> Any:
-    """The module with the kernel ``triton`` or ``quack``.
+    """Return the module with the kernel ``triton`` or ``quack``.
 
     Raises:
-        ImportError: it is not installed, or not for this machine.
+        ImportError: the kernel is not installed, or not for this machine.
     """
     try:
         if name == "triton":
@@ -41,12 +41,14 @@ def load_kernel(name: str) -> Any:
 
 
 def choose_kernel(wanted: str, A: Tensor, *, is_square: bool) -> str:
-    """``wanted`` where it can make a symmetric product of ``A`` and is meant to gain by it, else ``torch``.
+    """Return the kernel for a symmetric product of ``A``.
+
+    It is ``wanted`` where that kernel can compute the product and is meant to be faster, else ``torch``.
 
     Args:
         wanted: ``torch``, ``triton`` or ``quack``.
         A: ``(b, n, k)``, the left factor.
-        is_square: the product is ``A A^T``; Triton's kernel knows no other.
+        is_square: whether the product is ``A A^T``; Triton's kernel computes no other.
     """
     if wanted == "torch" or A.device.type != "cuda" or A.dtype != torch.bfloat16:
         return "torch"
@@ -61,7 +63,7 @@ def choose_kernel(wanted: str, A: Tensor, *, is_square: bool) -> str:
 def product_by(
     name: str, A: Tensor, B: Tensor, plus: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
-    """``A B``, or ``beta plus + alpha A B``, symmetric ``(b, n, n)``, by the kernel named."""
+    """Return ``A B``, or ``beta plus + alpha A B``, symmetric ``(b, n, n)``, from the named kernel."""
     if name == "torch":
         return A @ B if plus is None else torch.baddbmm(plus, A, B, alpha=alpha, beta=beta)
     kernel = load_kernel(name)
@@ -74,35 +76,35 @@ def product_by(
 
 @dataclass(frozen=True)
 class Products:
-    """How the products of a Newton-Schulz iteration on float32 matrices are made.
+    """Says how the products of a Newton-Schulz iteration on float32 matrices are computed.
 
     Attributes:
         precision: ``fp32``; ``tf32``, factors rounded to ten binary places; or ``bf16``, all matrices
             stored with seven. Sums are in float32.
-        kernel: of symmetric products in ``bf16``: ``torch``, ``triton`` or ``quack``.
+        kernel: kernel of symmetric products in ``bf16``: ``torch``, ``triton`` or ``quack``.
     """
 
     precision: str
     kernel: str
 
     def for_dtype(self, dtype: torch.dtype) -> "Products":
-        """Those of matrices in ``dtype``: float64 stays what it is."""
+        """Return these settings for float32, and ``PLAIN`` for other dtypes: float64 stays what it is."""
         return self if dtype == torch.float32 else PLAIN
 
     def setting(self) -> AbstractContextManager[None]:
-        """The block in which they are made."""
+        """Return the context in which the products are computed."""
         return float32_products("tf32" if self.precision == "tf32" else "ieee")
 
     def operand(self, X: Tensor) -> Tensor:
-        """``X`` as it is iterated on."""
+        """Return ``X`` in the dtype of the iteration."""
         return X.bfloat16() if self.precision == "bf16" else X
 
     def gram(self, X: Tensor) -> Tensor:
-        """``X^T X`` of ``(b, m, n)``."""
+        """Return ``X^T X`` of ``(b, m, n)``."""
         return product_by(choose_kernel(self.kernel, X.mT, is_square=True), X.mT, X)
 
     def symmetric(self, A: Tensor, B: Tensor, plus: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
-        """``beta plus + alpha A B`` of symmetric ``(b, n, n)``, of which ``A`` and ``B`` commute."""
+        """Return ``beta plus + alpha A B`` of symmetric ``(b, n, n)``, of which ``A`` and ``B`` commute."""
         name = choose_kernel(self.kernel, A, is_square=A is B)
         return product_by(name, A, B, plus if beta else None, alpha=alpha, beta=beta)
 

@@ -1,1 +1,1 @@
-"""One algorithm a file: a batch of weights, momenta and its spectral cache in, updated weights out."""
+"""Each file holds one algorithm, which updates a batch of weights from momenta and a spectral cache."""

@@ -1,11 +1,13 @@
-"""Momentum of the spectral optimizers."""
+"""Updates the momentum of the spectral optimizers."""
 
 import torch
 from torch import Tensor
 
 
 def update_momentum_(momentum: Tensor, gradient: Tensor, beta: float) -> None:
-    """``M <- beta M + (1 - beta) G`` in place, no bias correction (arXiv 2601.08393, Algorithm 1).
+    """Update ``M <- beta M + (1 - beta) G`` in place (arXiv 2601.08393, Algorithm 1).
+
+    There is no bias correction.
 
     Args:
         momentum: any shape.
@@ -16,7 +18,7 @@ def update_momentum_(momentum: Tensor, gradient: Tensor, beta: float) -> None:
 
 
 def update_heavy_ball_(momentum: Tensor, gradient: Tensor, mu: float) -> None:
-    """``M <- mu M + G`` in place (arXiv 2602.11185), rounded once where M is in half precision.
+    """Update ``M <- mu M + G`` in place (arXiv 2602.11185), rounded once where M is in half precision.
 
     Args:
         momentum: any shape.

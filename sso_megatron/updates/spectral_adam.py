@@ -1,9 +1,9 @@
-"""One step of SpectralAdam on a batch of matrices: AdamW, at times on the gradient by its spectral norm.
+"""Takes a step of SpectralAdam on a batch: AdamW, at times on the gradient divided by its spectral norm.
 
-The gradient is divided when its Frobenius norm has just jumped, and every so many steps. Otherwise AdamW
-gets it as it is, so that its averages mix gradients of two scales; that is how it was published.
+The gradient is divided when its Frobenius norm has just jumped, and every so many steps. In other steps
+AdamW gets it unchanged, so that its averages mix gradients of two scales; that is how it was published.
 
-The same body works on whole matrices and on parts of them, cut along rows or along columns.
+The same body works on whole matrices and on shards of them, along rows or along columns.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from sso_megatron.linalg.shard_view import ShardView
 
 @dataclass(frozen=True)
 class SpectralAdamRule:
-    """How the step is taken; what does not change from matrix to matrix.
+    """The settings of a step that do not change from matrix to matrix.
 
     Attributes:
-        high: ratio of the gradient's Frobenius norm to the last one's above which it is divided.
-        low: the ratio below which it is.
+        high: ratio of the gradient's Frobenius norm to the last one's above which the gradient is divided.
+        low: ratio of these norms below which the gradient is divided.
         period: steps from one division to the next at most.
         beta1: decay of the gradient's moving average.
-        beta2: decay of its square's.
-        eps: added to the root of the second average, and to the norm that another is divided by.
+        beta2: decay of the moving average of its square.
+        eps: added to the root of the second average, and to the norm that another norm is divided by.
     """
 
     high: float
@@ -40,12 +40,13 @@ class SpectralAdamRule:
 
 @dataclass
 class SpectralAdamCache:
-    """What a batch keeps from step to step, beside AdamW's averages.
+    """State of a batch from step to step, beside AdamW's averages.
 
     Attributes:
-        v: ``(b, n, 1)`` right singular vector of the gradient, whole on every rank, from ``find_block``.
+        v: ``(b, n, 1)`` right singular vector of the gradient, whole on every rank; started by
+            ``find_block``.
         norm: ``(b,)`` float64 Frobenius norm of the last gradient that was not zero; 0 before the
-            first, NaN where it is not known: such a step divides by ``period`` alone.
+            first, NaN where it is not known: in such a step ``period`` alone decides.
     """
 
     v: Tensor
@@ -54,12 +55,12 @@ class SpectralAdamCache:
 
 @dataclass(frozen=True)
 class SpectralAdamStats:
-    """What a step saw, on the device; nothing is synchronised.
+    """Numbers that a step found, on the device; nothing is synchronised.
 
     Attributes:
         sigma: ``(b,)`` the gradient's spectral norm by one power iteration.
-        ratio: ``(b,)`` its Frobenius norm by the last one's.
-        divided: ``(b,)`` whether it was divided by ``sigma``.
+        ratio: ``(b,)`` ratio of its Frobenius norm to the last one's.
+        divided: ``(b,)`` whether the gradient was divided by ``sigma``.
     """
 
     sigma: Tensor
@@ -80,23 +81,24 @@ def spectral_adam_step_(
     rule: SpectralAdamRule,
     view: ShardView,
 ) -> SpectralAdamStats:
-    """AdamW's step in place, without its weight decay, on ``G`` or ``G / sigma(G)``.
+    """Take AdamW's step in place, without its weight decay, on ``G`` or ``G / sigma(G)``.
 
-    ``G`` is divided when ``||G||_F`` by the last one is above ``high`` or below ``low``, in the first
-    step therefore, and at steps ``period``, ``2 period`` and so on. A zero gradient is not.
+    ``G`` is divided when the ratio of ``||G||_F`` to the last one is above ``high`` or below ``low``, in
+    the first step therefore, and at steps ``period``, ``2 period`` and so on. A zero gradient is
+    not divided.
 
-    Sums over ranks: as a pass of ``iterate_block`` with one column, and one of ``(b,)`` numbers.
+    Sums over ranks: those of a pass of ``iterate_block`` with one column, and one of ``(b,)`` numbers.
 
     Args:
-        W: ``(b, p, q)`` weights, float32 or float64: whole logical matrices, or a part of each.
+        W: ``(b, p, q)`` weights, float32 or float64: whole logical matrices, or a shard of each.
         G: ``(b, p, q)`` gradient, same dtype; it is overwritten.
         exp_avg: ``(b, p, q)`` moving average, same dtype, updated.
-        exp_avg_sq: ``(b, p, q)`` that of the squares, same dtype, updated.
+        exp_avg_sq: ``(b, p, q)`` moving average of the squares, same dtype, updated.
         step: number of this step, from 1; 0-d, floating point.
         cache: used, and updated in place.
         lr: learning rate, a number or a 0-d tensor on the device.
         rule: the step's settings.
-        view: where W and G lie in the whole matrices.
+        view: the place of W and G in the whole matrices.
     """
     norm = view.sum(frobenius_norm(G).square()).sqrt()
     _, y, lengths = iterate_block(G, cache.v, view)
@@ -117,5 +119,5 @@ def spectral_adam_step_(
 
 
 def _of(numbers: Tensor, X: Tensor) -> Tensor:
-    """``(b,)`` numbers as factors of the matrices ``(b, p, q)``."""
+    """Return ``(b,)`` numbers shaped as factors of the matrices ``(b, p, q)``, in their dtype."""
     return numbers.to(X.dtype)[:, None, None]

@@ -1,7 +1,7 @@
-"""Clipped steps ``W <- W - lr alpha H_c(U)`` and the schedule of ``c`` (arXiv 2603.14315).
+"""Takes clipped steps ``W <- W - lr alpha H_c(U)`` and schedules ``c`` (arXiv 2603.14315).
 
-``U`` is the direction of an elementwise optimizer (``updates.bases``); weight decay comes before, and is
-not clipped.
+``U`` is the direction of an elementwise optimizer (``updates.bases``); weight decay comes before the step,
+and is not clipped.
 """
 
 import math
@@ -15,21 +15,22 @@ from sso_megatron.linalg.coefficients import Coefficients
 from sso_megatron.linalg.polar import AllReduce, frobenius_norm
 from sso_megatron.linalg.spectral_clip import spectral_clip
 
-# Where the schedule of c would reach 0, or the learning rate starts from 0: such a step moves nothing.
+# Takes the place of 0 where the schedule of c would reach it, or the learning rate starts from it: such a
+# step moves nothing.
 _LEAST = 1e-6
 
 
 @dataclass(frozen=True)
 class ClipSchedule:
-    """How ``c`` goes with the step; every number that does not change from step to step.
+    """The schedule of ``c`` over the steps: the numbers that do not change from step to step.
 
     Attributes:
-        c: between warmup and decay.
-        warmup_steps: of the learning rate, over which ``c lr`` is kept constant; 0 for none.
+        c: value between warmup and decay.
+        warmup_steps: steps of the learning rate's warmup, in which ``c lr`` is constant; 0 for none.
         decay: ``none``, ``linear``, ``sqrt``, ``cosine``, ``exp`` or ``square``.
-        decay_steps: the last steps, over which ``c`` decays.
+        decay_steps: number of the last steps, over which ``c`` decays.
         final: share of ``c`` that the decay ends at.
-        num_steps: of the whole training; matters for the decay alone.
+        num_steps: steps of the whole training; matters for the decay alone.
     """
 
     c: float
@@ -40,7 +41,7 @@ class ClipSchedule:
     num_steps: int = 0
 
     def at(self, step: Tensor, lr: Tensor | float, peak: float) -> Tensor | float:
-        """``c`` at a step.
+        """Return ``c`` at a step.
 
         Args:
             step: 0-d float64, counts from 1.
@@ -62,7 +63,7 @@ class ClipSchedule:
         return self.c * factor
 
     def _decayed(self, done: Tensor) -> Tensor:
-        """Share of ``c`` that is left where ``done`` of the decay is over."""
+        """Return the share of ``c`` that is left when the share ``done`` of the decay is over."""
         if self.decay == "exp":
             return torch.pow(self.final, done)
         return self.final + (1 - self.final) * _SHAPES[self.decay](done)
@@ -87,7 +88,7 @@ def clipped_step_(
     all_reduce: AllReduce | None = None,
     measures: bool = False,
 ) -> Tensor | None:
-    """``W <- W - lr scale H_c(U)`` in place.
+    """Take the step ``W <- W - lr scale H_c(U)`` in place.
 
     Args:
         W: ``(b, m, n)`` weights, float32 or float64, whole logical matrices or this rank's rows.
@@ -102,7 +103,7 @@ def clipped_step_(
             ``(b, 2)``.
 
     Returns:
-        ``(b,)``, ``1 - ||H_c(U)||_F^2 / ||U||_F^2``: what clipping took away; None if not wanted.
+        The share that clipping removed, ``1 - ||H_c(U)||_F^2 / ||U||_F^2``, ``(b,)``; None if not wanted.
     """
     H = spectral_clip(U, c, coefficients, all_reduce)
     squares = (
@@ -118,15 +119,15 @@ def clipped_step_(
 def clip_vectors_(vectors: list[Tensor], norms: Tensor, c: Tensor | float, is_continuous: bool) -> None:
     """Clip vectors in place, each by its own Euclidean norm.
 
-    ``v / sqrt(1 + ||v||^2 / c^2)``, which is what ``H_c`` makes of a matrix of one column. As published,
-    and if not ``is_continuous``, a vector with ``||v|| <= c`` stays as it is: where the norm exceeds ``c``
-    it falls at once to ``0.71 c``.
+    A vector becomes ``v / sqrt(1 + ||v||^2 / c^2)``, which is what ``H_c`` makes of a matrix of one column.
+    As published, and if not ``is_continuous``, a vector with ``||v|| <= c`` does not change: where the norm
+    exceeds ``c`` it falls at once to ``0.71 c``.
 
     Args:
-        vectors: any shapes, one floating-point dtype; whole ones, or this rank's part of them.
-        norms: of the whole vectors, one each.
+        vectors: any shapes, one floating-point dtype; whole vectors, or this rank's shards of them.
+        norms: Euclidean norms of the whole vectors, one each.
         c: positive; a number, or 0-d on the device.
-        is_continuous: clip short vectors too.
+        is_continuous: whether to clip short vectors too.
     """
     ratios = norms / c
     factors = torch.hypot(ratios, torch.ones_like(ratios)).reciprocal()

@@ -1,1 +1,1 @@
-"""``sso-megatron bench``: what optimizer steps cost, beside AdamW and Muon."""
+"""``sso-megatron bench`` measures what optimizer steps cost, beside AdamW and Muon."""

@@ -1,4 +1,4 @@
-"""``sso-megatron bench``: what an optimizer step costs, beside AdamW and Megatron's Muon."""
+"""``sso-megatron bench`` measures what an optimizer step costs, beside AdamW and Megatron's Muon."""
 
 import argparse
 import sys
@@ -113,7 +113,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _output_files(options: argparse.Namespace) -> Path | None:
-    """Check the files to write, make their folders, and return the picture's, if any."""
+    """Check the files to write, make their folders, and return the file of the picture, if any."""
     files = [path for path in (options.json, options.picture) if path]
     for path in files:
         if path.is_dir():

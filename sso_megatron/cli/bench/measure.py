@@ -29,21 +29,21 @@ from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
 from sso_megatron.updates.sso import SSOStats
 
 Result = dict[str, Any]
-"""What was measured of one optimizer, by name; see ``_count`` and ``_merged``."""
+"""Maps names to what was measured of one optimizer; see ``_count`` and ``_merged``."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure.
+    """The settings of a measurement.
 
     Attributes:
         model: the model whose matrices are stepped on.
-        optimizers: names of ``bench_optimizers.TITLES``.
+        optimizers: names in ``TITLES`` of ``bench.optimizers``.
         layouts: ``fused``, ``split`` or both.
         num_rounds: timed rounds, in each of which every optimizer takes one step.
-        num_warmup: rounds before that.
-        tp_size: ranks, over which the matrices are cut.
-        sso: settings of ours; those of Newton-Schulz hold for Muon too.
+        num_warmup: rounds before the timed ones.
+        tp_size: number of ranks, over which the matrices are sharded.
+        sso: settings of our optimizers; those of Newton-Schulz hold for Muon too.
         shared: our placement under tensor parallelism.
         device_type: ``cuda`` or ``cpu``.
     """
@@ -60,10 +60,10 @@ class Settings:
 
 
 def bytes_needed(settings: Settings) -> int:
-    """Memory that a rank needs: weights and state of every optimizer, gradients, and a step's own."""
+    """Return a rank's memory in bytes: weights and states of all optimizers, gradients, and a step's."""
     shapes = [stored.local_shape(settings.tp_size) for stored in stored_parameters(settings.model)]
     model_bytes = 4 * sum(rows * columns for rows, columns in shapes)
-    # One for the gradients, one for what the step of torch's AdamW or of ours takes for a while.
+    # One for the gradients, one for the temporary memory of a step of torch's AdamW or of ours.
     copies = 2 + sum(COPIES[name] for name in settings.optimizers)
     return copies * model_bytes + min(12 * model_bytes, settings.shared.workspace_mib << 20)
 
@@ -73,7 +73,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, dict[str, Result]]:
 
     Args:
         settings: what to measure.
-        folder: an empty one, for what ranks say to each other.
+        folder: an empty folder, for the files that the ranks exchange.
 
     Returns:
         Results by layout and optimizer.
@@ -111,7 +111,7 @@ def _run_rank(rank: int, settings: Settings, folder: Path) -> None:
 
 
 def _measure_layout(layout: str, settings: Settings, rank: int, device: torch.device) -> dict[str, Result]:
-    """Results of every optimizer, merged over the ranks. Collective: one all-gather of objects."""
+    """Return every optimizer's results, merged over the ranks. Collective: one all-gather of objects."""
     setup = Setup(
         model=settings.model,
         is_split=layout == "split",
@@ -139,7 +139,7 @@ def _measure_layout(layout: str, settings: Settings, rank: int, device: torch.de
     ):
         gradients.fill_(number)
         order = list(contestants)
-        start = number % len(order)  # nobody always finds the caches that the same other left
+        start = number % len(order)  # no optimizer always finds the caches that the same other left
         for name in order[start:] + order[:start]:
             seconds = _time_step(contestants[name], device)
             if number >= settings.num_warmup:
@@ -158,7 +158,7 @@ def _measure_layout(layout: str, settings: Settings, rank: int, device: torch.de
 
 
 def _time_step(contestant: Contestant, device: torch.device) -> float:
-    """Seconds of one step by the clock, begun together on all ranks, until the device is done."""
+    """Return the wall-clock seconds of one step, begun together on all ranks, until the device is done."""
     if dist.is_initialized():
         dist.barrier()
     _wait(device)
@@ -174,13 +174,13 @@ def _wait(device: torch.device) -> None:
 
 
 def _trials(contestant: Contestant) -> list[int]:
-    """Trials of the last step, of each matrix that this rank worked on."""
+    """Return the trials of the last step, for each matrix that this rank worked on."""
     stats = [batch.stats for batch in contestant.batches if isinstance(batch.stats, SSOStats)]
     return [trials for one in stats for trials in one.num_trials.tolist()]
 
 
 def _count(contestant: Contestant, device: torch.device) -> Result:
-    """What one more step of a rank does."""
+    """Return what one more step of a rank does, as counts."""
     host_tensors = contestant.host_tensors()
     with Flops() as flops, PeakMemory(device) as memory, Collectives() as collectives:
         with HostSyncs(device, host_tensors) as syncs:
@@ -206,7 +206,7 @@ def _count(contestant: Contestant, device: torch.device) -> Result:
 
 
 def _merged(by_rank: list[Result]) -> Result:
-    """One result from those of all ranks: times of the slowest, counts of the rank with the most."""
+    """Merge the results of all ranks: times of the slowest, counts of the rank with the most."""
     merged: Result = {}
     for key in ("flops", "peak_bytes", "state_bytes", "received_bytes", "host_syncs"):
         merged[key] = max(result[key] for result in by_rank)

@@ -1,8 +1,8 @@
-"""What a step does, counted: flops, host synchronisations, collectives, temporary memory.
+"""Counts what a step does: flops, host synchronisations, collectives, temporary memory.
 
-Each meter is a context manager that counts while it is entered, and keeps its figures after. Meters
-may be nested in any order but for ``Flops``, which belongs outermost: it decomposes some operators,
-and the others must see them whole.
+Each meter is a context manager that counts while it is entered, and keeps its figures afterwards. Meters
+may be nested in any order, except that ``Flops`` belongs outermost: it decomposes some operators, and the
+other meters must see these whole.
 """
 
 import contextlib
@@ -45,9 +45,9 @@ class Meter:
 
 
 class Flops(Meter):
-    """Flops of matrix products as torch's ``FlopCounterMode`` counts them.
+    """Counts flops of matrix products as torch's ``FlopCounterMode`` does.
 
-    Two for each multiply-add, in any precision. Elementwise work, QR and eigenproblems count
+    A multiply-add is two flops, in any precision. Elementwise work, QR and eigenproblems count
     nothing, nor do kernels that torch has no formula for.
     """
 
@@ -58,7 +58,7 @@ class Flops(Meter):
 
     @property
     def total(self) -> int:
-        """Flops so far."""
+        """Number of flops so far."""
         return int(self._counter.get_total_flops())
 
 
@@ -71,22 +71,22 @@ _SYNCHRONISING = frozenset(
         *("_linalg_eigh", "_linalg_svd", "linalg_eig", "_linalg_eigvals", "linalg_lstsq", "linalg_pinv"),
     )
 )
-# What leads to the host without an operator when a tensor is on the CPU already.
+# Functions that lead to the host, but call no operator when a tensor is on the CPU already.
 _TO_THE_HOST = frozenset(("tolist", "numpy", "__array__", "__dlpack__", "__repr__", "cpu"))
 
 
 class HostSyncs(Meter):
-    """Times that the host waits for the device.
+    """Counts how often the host waits for the device.
 
-    On CUDA torch itself tells (``torch.cuda.set_sync_debug_mode``), and ``sources`` has files and
-    lines. On the CPU nothing ever waits; counted is what would on a CUDA device, by operator. That
+    On CUDA torch itself reports it (``torch.cuda.set_sync_debug_mode``), and ``sources`` has files and
+    lines. On the CPU nothing ever waits; what would wait on a CUDA device is counted, by operator. That
     finds numbers read (``item``, ``tolist``, ``if tensor``, tensors as scalars or in slices), sizes
     that depend on values (``nonzero``, ``where`` of one argument, ``unique``, indexing with a mask),
     ``equal`` and ``allclose``, ``torch.linalg`` functions that check their success (not ``_ex``, nor
     ``qr``), ``.cpu()``, ``.to("cpu")``, and Python numbers put on a device
-    (``torch.tensor(..., device=...)``). A tensor that is made for the host on purpose cannot be told
-    from one of the device there, unless it is named: ``on_host``. ``torch.tensor`` without a device, and
-    ``.to(x.device)``, are free.
+    (``torch.tensor(..., device=...)``). A tensor that is made for the host on purpose cannot be
+    distinguished there from one of the device, unless ``on_host`` names it. ``torch.tensor`` without a
+    device, and ``.to(x.device)``, are free.
 
     Attributes:
         sources: how often each operator, or line, made the host wait.
@@ -110,7 +110,7 @@ class HostSyncs(Meter):
 
     @property
     def count(self) -> int:
-        """Synchronisations so far."""
+        """Number of synchronisations so far."""
         return self.sources.total()
 
     def _on_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -150,11 +150,12 @@ class HostSyncs(Meter):
 
 
 class Collectives(Meter):
-    """Collectives of ``torch.distributed`` that this rank takes part in, on any backend.
+    """Counts the collectives of ``torch.distributed`` that this rank takes part in, on any backend.
 
-    Received bytes are those that the usual algorithms imply for a group of ``p`` ranks: all-gather
-    ``(p - 1) / p`` of the output, reduce-scatter the same of the input, all-reduce both, all-to-all
-    what comes from other ranks, broadcast and scatter the tensor off the root, gather and reduce on it.
+    Received bytes are the bytes that the usual algorithms imply for a group of ``p`` ranks: for all-gather
+    ``(p - 1) / p`` of the output, for reduce-scatter the same of the input, for all-reduce both, for
+    all-to-all what comes from other ranks, for broadcast and scatter the tensor on all ranks but the root,
+    for gather and reduce the tensor on the root.
 
     Attributes:
         calls: number of calls by collective.
@@ -169,12 +170,12 @@ class Collectives(Meter):
 
     @property
     def count(self) -> int:
-        """Calls so far."""
+        """Number of calls so far."""
         return self.calls.total()
 
     @property
     def received_bytes(self) -> int:
-        """Bytes so far."""
+        """Number of received bytes so far."""
         return self.received.total()
 
     def _on_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -201,12 +202,12 @@ def _num_bytes(tensors: Any) -> int:
 
 
 def _from_others(argument: str, times: int = 1) -> Callable[[Arguments, Any], int]:
-    """``times (p - 1) / p`` of an argument."""
+    """Return a function that counts ``times (p - 1) / p`` of an argument's bytes."""
     return lambda given, group: times * _num_bytes(given[argument]) * (group.size() - 1) // group.size()
 
 
 def _if_root(argument: str, is_root: bool) -> Callable[[Arguments, Any], int]:
-    """All of an argument on the root, or on all but the root."""
+    """Return a function that counts an argument's bytes on the root, or on all ranks but the root."""
     return lambda given, group: (
         _num_bytes(given[argument]) if (group.rank() == given["root_rank"]) == is_root else 0
     )
@@ -233,7 +234,7 @@ def _nothing(given: Arguments, group: Any) -> int:
     return 0
 
 
-# By the name under torch.ops.c10d: what it is called here, and the bytes that a rank receives.
+# By the name under torch.ops.c10d: the name of the collective here, and the bytes that a rank receives.
 _COLLECTIVES: dict[str, tuple[str, Callable[[Arguments, Any], int]]] = {
     "allreduce_": ("all_reduce", _from_others("tensors", 2)),
     "allreduce_coalesced_": ("all_reduce", _from_others("tensors", 2)),
@@ -257,13 +258,13 @@ _COLLECTIVES: dict[str, tuple[str, Callable[[Arguments, Any], int]]] = {
 
 
 class PeakMemory(Meter):
-    """The most memory that what runs inside holds at once, beyond what was there before.
+    """Measures the most memory that the code inside holds at once, beyond what was allocated before.
 
-    On CUDA by the allocator's figures. Elsewhere tensors' storages are followed from the operator
-    that returns them until they are freed; what an operator takes and frees within is not seen.
+    On CUDA the figures are the allocator's. Elsewhere tensors' storages are followed from the operator
+    that returns them until they are freed; memory that an operator takes and frees within is not seen.
 
     Attributes:
-        peak_bytes: the most so far; on CUDA only once the meter is left.
+        peak_bytes: the most bytes so far; on CUDA only after the meter is exited.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -301,7 +302,7 @@ class PeakMemory(Meter):
 
 
 def _size_of(ref: StorageWeakRef) -> int:
-    """Bytes of a storage; 0 when it is freed, or was emptied by ``resize_``."""
+    """Return the bytes of a storage; 0 when it is freed, or was emptied by ``resize_``."""
     storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
     return 0 if storage is None else int(storage.nbytes())
 
@@ -311,7 +312,7 @@ def _storages(values: Any) -> Iterable[torch.UntypedStorage]:
 
 
 class _OnOperators(TorchDispatchMode):
-    """Tells ``see`` of every operator, its arguments and what it returned."""
+    """Reports every operator, its arguments and its result to ``see``."""
 
     def __init__(self, see: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]) -> None:
         super().__init__()
@@ -326,7 +327,7 @@ class _OnOperators(TorchDispatchMode):
 
 
 class _OnFunctions(TorchFunctionMode):
-    """Tells ``see`` of every call of torch's interface for Python, before it runs."""
+    """Reports every call of torch's Python interface to ``see``, before it runs."""
 
     def __init__(self, see: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> None:
         super().__init__()

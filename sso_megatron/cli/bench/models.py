@@ -1,4 +1,4 @@
-"""The matrices of the paper's models (arXiv 2601.08393), at their size or scaled down."""
+"""Lists the matrices of the paper's models (arXiv 2601.08393), at their size or scaled down."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ class Model:
     """Sizes of a model's matrices, without embeddings and output layer.
 
     Attributes:
-        title: its name in the paper.
+        title: the model's name in the paper.
         layers: number of layers.
         hidden: hidden size.
         heads: attention heads, each of 128 rows at every hidden size.
@@ -35,7 +35,7 @@ class Model:
     expert_ffn: int = 0
 
     def scaled(self, hidden: int, layers: int) -> "Model":
-        """The same model with another hidden size and depth.
+        """Return the same model with another hidden size and depth.
 
         Heads and feed-forward sizes scale with the hidden size; the number of experts does not.
 
@@ -63,7 +63,7 @@ class Model:
         )
 
     def check_tp(self, tp_size: int) -> None:
-        """Raise ValueError unless tensor parallelism can cut the model over ``tp_size`` ranks."""
+        """Raise ValueError unless tensor parallelism can shard the model over ``tp_size`` ranks."""
         if tp_size < 1:
             raise ValueError(f"--tp {tp_size} must be at least 1")
         sizes = {"query groups": self.kv_heads, "feed-forward rows": self.ffn}
@@ -89,9 +89,9 @@ class Stored:
     """A parameter as Megatron stores it.
 
     Attributes:
-        name: its name in the model.
+        name: the parameter's name in the model.
         shape: global ``(rows, columns)``.
-        partition_dim: dimension that tensor parallelism cuts, or None.
+        partition_dim: dimension along which tensor parallelism shards, or None.
         kind: ``qkv`` and ``gate_up`` hold several matrices, ``one`` holds one.
     """
 
@@ -101,7 +101,7 @@ class Stored:
     kind: str
 
     def local_shape(self, tp_size: int) -> tuple[int, int]:
-        """Shape of a rank's shard."""
+        """Return the shape of a rank's shard."""
         rows, columns = self.shape
         if self.partition_dim is None:
             return self.shape
@@ -109,10 +109,10 @@ class Stored:
 
 
 def stored_parameters(model: Model) -> Iterator[Stored]:
-    """Every matrix parameter of a model, in order.
+    """Yield every matrix parameter of a model, in order.
 
-    Megatron's column-parallel layers are cut along dimension 0 and its row-parallel ones along
-    dimension 1. Neither the router nor the routed experts are cut (expert tensor parallelism of 1).
+    Megatron's column-parallel layers are sharded along dimension 0 and its row-parallel ones along
+    dimension 1. Neither the router nor the routed experts are sharded (expert tensor parallelism of 1).
     """
     heads, hidden = model.heads * _HEAD_DIM, model.hidden
     for number in range(model.layers):
@@ -137,12 +137,13 @@ def _mlp(name: str, hidden: int, ffn: int, *, is_cut: bool) -> Iterator[Stored]:
 def layout_of(
     stored: Stored, model: Model, *, is_split: bool, tp_size: int, tp_rank: int, tp_group: Any
 ) -> ParameterLayout:
-    """The matrices that a parameter is taken as.
+    """Return the layout of a parameter: the matrices that it is taken as.
 
     Args:
         stored: the parameter.
         model: gives the heads.
-        is_split: each attention head, and gate and up, by themselves; else the parameter as a whole.
+        is_split: whether each attention head, and gate and up, are matrices by themselves; else the
+            parameter is one matrix.
         tp_size: ranks of the tensor-parallel group.
         tp_rank: this rank's place in it.
         tp_group: the group; None for one rank.

@@ -1,4 +1,4 @@
-"""The optimizers that ``sso-megatron bench`` compares, on equal weights and gradients."""
+"""Makes the optimizers that ``sso-megatron bench`` compares, on equal weights and gradients."""
 
 import logging
 import math
@@ -44,22 +44,23 @@ COPIES = {
     "spectra_clip_adamw": 3,
 }
 _LR = 5e-3
-# What Muon sets torch to; torch has no nearer word for bfloat16.
+# Values that Muon sets torch's precision to; torch has no nearer one for bfloat16.
 _TORCH_PRECISION = {"fp32": "highest", "tf32": "high", "bf16": "medium"}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the optimizers are made from.
+    """The settings that the optimizers are made from.
 
     Attributes:
         model: the model whose matrices they step on.
-        is_split: heads, and gate and up, by themselves; else each stored parameter as one matrix.
+        is_split: whether heads, and gate and up, are matrices by themselves; else each stored parameter is
+            one matrix.
         sso: Newton-Schulz steps and coefficients, which hold for Muon too, and our other settings.
         shared: our placement under tensor parallelism.
         device: where the parameters are.
         tp_group: tensor-parallel group; None for one rank.
-        tp_size: its ranks.
+        tp_size: number of its ranks.
         tp_rank: this rank's place in it.
     """
 
@@ -73,7 +74,7 @@ class Setup:
     tp_rank: int = 0
 
     def layout(self, stored: Stored) -> ParameterLayout:
-        """The matrices that a parameter is taken as."""
+        """Return the layout of a parameter: the matrices that it is taken as."""
         tp = {"tp_size": self.tp_size, "tp_rank": self.tp_rank, "tp_group": self.tp_group}
         return layout_of(stored, self.model, is_split=self.is_split, **tp)
 
@@ -83,9 +84,9 @@ class Contestant:
     """An optimizer with weights of its own.
 
     Attributes:
-        step: one step on the gradients as they are.
-        optimizer: whose step it is; None where it is no optimizer's.
-        host_tensors: state that lies on the host on every device.
+        step: takes one step on the gradients as they are.
+        optimizer: optimizer whose step it is; None where it is no optimizer's.
+        host_tensors: returns state that is on the host on every device.
     """
 
     step: Callable[[], Any]
@@ -94,11 +95,11 @@ class Contestant:
 
     @property
     def batches(self) -> list[MatrixBatch]:
-        """Of one of ours, which tell more; none of another."""
+        """Batches of an optimizer of ours, which report more; empty for any other."""
         return self.optimizer.batches if isinstance(self.optimizer, SpectralOptimizer) else []
 
     def state_bytes(self) -> int:
-        """What is kept of parameters and matrices from step to step."""
+        """Return the bytes that the optimizer keeps from step to step, for parameters and matrices."""
         kept = [state.values() for state in self.optimizer.state.values()] if self.optimizer else []
         kept += [vars(batch.cache).values() for batch in self.batches if batch.cache is not None]
         tensors = [value for values in kept for value in values if isinstance(value, Tensor)]
@@ -109,25 +110,25 @@ class Gradients:
     """Weights and gradients like those of a training run, the same for every optimizer.
 
     A weight is noise with one strong direction. Its gradient is a fixed part (noise, eight strong
-    directions, and the weight's own) and a little fresh noise each round: what a momentum sees that
-    moves slowly. Each is drawn whole from a seed of its own and then cut, so ranks agree.
+    directions, and the weight's own) and a little fresh noise each round, as a slowly moving momentum
+    sees it. Each matrix is drawn whole from a seed of its own and then sharded, so ranks agree.
     """
 
     _WEIGHT_STD = 0.02
-    # Strong directions by the spectral norm of the noise. With this radial part bisection takes the
-    # 7 to 9 trials that are published of training.
+    # Strong directions, as multiples of the spectral norm of the noise. With this radial part bisection
+    # takes the 7 to 9 trials that are published for training.
     _SPIKE, _SIGNAL, _RADIAL = 1.5, 4.0, 0.05
-    _FRESH = 0.2  # fresh noise by the fixed noise
+    _FRESH = 0.2  # fresh noise, as a multiple of the fixed noise
 
     def __init__(self, setup: Setup, stored: Sequence[Stored]) -> None:
-        """Make room for the gradients of ``stored``."""
+        """Allocate the gradients of ``stored``."""
         self._setup, self._stored = setup, stored
         self.values = [
             torch.empty(parameter.local_shape(setup.tp_size), device=setup.device) for parameter in stored
         ]
 
     def weight(self, index: int) -> Tensor:
-        """The initial weight of a parameter on this rank."""
+        """Return the initial weight of a parameter on this rank."""
         rows, columns = self._stored[index].shape
         generator = self._generator(index, 0)
         u, v = self._unit(rows, 1, generator), self._unit(columns, 1, generator)
@@ -136,7 +137,7 @@ class Gradients:
         return self._cut(index, self._WEIGHT_STD * noise.addmm_(u, v.mT, alpha=spike))
 
     def fill_(self, round_number: int) -> None:
-        """Put the gradients of a round into ``values``."""
+        """Write the gradients of a round into ``values``."""
         for index, (parameter, value) in enumerate(zip(self._stored, self.values, strict=True)):
             rows, columns = parameter.shape
             norm = math.sqrt(rows) + math.sqrt(columns)
@@ -168,10 +169,10 @@ class Gradients:
 def make_contestants(
     names: Sequence[str], setup: Setup, stored: Sequence[Stored], gradients: Gradients
 ) -> dict[str, Contestant]:
-    """The optimizers by name, each with weights of its own and the shared gradients.
+    """Return the optimizers by name, each with weights of its own and the shared gradients.
 
-    Where SSO or MuonSphere is among them, and one rank, ``power_iteration`` is added: reading the weights
-    and the search for the top singular triplets alone, on the first of them.
+    With one rank and SSO or MuonSphere among the optimizers, ``power_iteration`` is added: it only reads
+    the weights and searches their top singular triplets, on the first of these optimizers.
     """
     made = {name: _make(name, setup, stored, gradients) for name in names}
     ours = [one.optimizer for one in made.values() if isinstance(one.optimizer, SSO)]
@@ -212,7 +213,7 @@ def _sso(name: str, params: list[Parameter], settings: SSOConfig, placed: dict[s
 def _muon(
     mode: str, setup: Setup, stored: Sequence[Stored], weights: Sequence[Tensor], gradients: Gradients
 ) -> Contestant:
-    """Megatron's Muon; each logical matrix is a parameter, its gradient a view of the shared one."""
+    """Return Megatron's Muon; each logical matrix is a parameter, its gradient a view of the shared one."""
     muon_class, collection_class = import_megatron()
     params = []
     for parameter, weight, gradient in zip(stored, weights, gradients.values, strict=True):
@@ -238,7 +239,7 @@ def _muon(
 
 
 def import_megatron() -> tuple[Any, Any]:
-    """Megatron's ``TensorParallelMuon`` and ``ProcessGroupCollection``; some ten seconds the first time."""
+    """Import ``TensorParallelMuon`` and ``ProcessGroupCollection``; some ten seconds the first time."""
     logging.disable(logging.WARNING)  # Megatron says what it could use in training
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -253,7 +254,7 @@ def import_megatron() -> tuple[Any, Any]:
 
 
 def _power_iteration(optimizer: SSO, config: SSOConfig) -> Contestant:
-    """The search for top singular triplets on the optimizer's batches, with warm bases of its own."""
+    """Return the search for top singular triplets on the optimizer's batches, with bases of its own."""
     bases: dict[int, Tensor] = {}
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What ``sso-megatron bench`` found: ratios, table, JSON and picture."""
+"""Reports what ``sso-megatron bench`` found: ratios, table, JSON and picture."""
 
 import datetime
 import json
@@ -20,7 +20,7 @@ from sso_megatron.cli.bench.optimizers import TITLES
 from sso_megatron.version import __version__
 
 Results = dict[str, dict[str, Result]]
-"""By layout and optimizer."""
+"""Maps a layout to the results of each optimizer."""
 
 
 def add_statistics(results: Results) -> None:
@@ -39,7 +39,7 @@ def add_statistics(results: Results) -> None:
 
 
 def shapes(settings: Settings, layout: str) -> list[tuple[tuple[int, int], int]]:
-    """Shapes of the model's matrices and how many there are of each, the most first."""
+    """Return the shapes of the model's matrices and how many there are of each, the most frequent first."""
     found: Counter[tuple[int, int]] = Counter()
     for stored in stored_parameters(settings.model):
         one = layout_of(
@@ -50,7 +50,7 @@ def shapes(settings: Settings, layout: str) -> list[tuple[tuple[int, int], int]]
 
 
 def write_json(path: Path, settings: Settings, arguments: dict[str, Any], results: Results) -> None:
-    """Write all there is to a file.
+    """Write settings, machine, matrices, notes and results to a JSON file.
 
     Args:
         path: the file.
@@ -83,7 +83,7 @@ def write_json(path: Path, settings: Settings, arguments: dict[str, Any], result
 
 
 def machine(device_type: str) -> dict[str, Any]:
-    """The processor that was measured on."""
+    """Return the processor that was measured on."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -94,7 +94,7 @@ def machine(device_type: str) -> dict[str, Any]:
 
 
 def notes(settings: Settings) -> list[str]:
-    """What a reader must know to read the figures."""
+    """Return what a reader must know to read the figures."""
     sso = settings.sso
     wait = "torch.cuda's own count" if settings.device_type == "cuda" else "what a GPU would wait for"
     lines = [

@@ -1,1 +1,1 @@
-"""``sso-megatron data``: text files as Megatron's indexed data sets."""
+"""``sso-megatron data`` turns text files into Megatron's indexed data sets."""

@@ -1,4 +1,4 @@
-"""`sso-megatron data`: turn text files into the indexed datasets that Megatron trains on."""
+"""``sso-megatron data`` turns text files into the indexed datasets that Megatron trains on."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class DatasetInfo:
         tokens: tokens of each split, end-of-document tokens included.
         files: documents (one a file) of each split.
         skipped: name and reason of each file that was left out.
-        settings: what it was made with; the same settings reuse it.
+        settings: settings that it was made with; the same settings reuse it.
         digest: SHA-256 over the data files.
         reused: whether it was on disk already.
     """
@@ -64,7 +64,7 @@ class DatasetInfo:
 
     @property
     def prefixes(self) -> dict[str, str]:
-        """Prefix of the .bin and .idx file of each split."""
+        """Prefix of the .bin and the .idx file, by split."""
         return {split: f"{self.output}_{split}" for split in SPLITS}
 
     def megatron_arguments(self) -> list[str]:
@@ -79,7 +79,7 @@ class DatasetInfo:
         return [*flags, "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", model]
 
     def __str__(self) -> str:
-        """Say in one line what it is."""
+        """Describe the data set in one line."""
         counts = (f"{s} {self.tokens[s]:,} tokens of {self.files[s]:,} files" for s in SPLITS)
         return f"{self.output}: {', '.join(counts)}; vocabulary {self.vocab_size}, eod {self.eod}"
 
@@ -88,7 +88,7 @@ def load(output: str | Path) -> DatasetInfo:
     """Describe the complete data set at prefix `output`; its inputs need not exist any more.
 
     Raises:
-        ValueError: there is none, or its files are not what its json says.
+        ValueError: there is no data set, or its files are not what its json says.
     """
     output = Path(os.path.abspath(output))
     try:
@@ -121,7 +121,7 @@ def prepare(
 ) -> DatasetInfo:
     """Write (or reuse) the training, validation and test data sets of some files.
 
-    It knows no process group: call it on one rank.
+    This function knows no process group: call it on one rank.
 
     Args:
         output: prefix of everything that is written; its folder is made when missing.
@@ -177,7 +177,7 @@ def prepare(
 def _write(
     temp: Path, chosen: dict[str, list[File]], tokenizer: str, skipped: Skipped, quiet: bool
 ) -> dict[str, Any]:
-    """Write the data files into `temp`, add to `skipped`, return what the json says of them."""
+    """Write the data files into `temp`, add to `skipped`, and return the entries of the json."""
     with without_noise():  # what is missing for training is of no concern to somebody who prepares data
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     from rich.console import Console
@@ -230,10 +230,10 @@ def _write(
 
 
 def _publish(temp: Path, output: Path, record: dict[str, Any]) -> None:
-    """Rename what is in `temp` to its place: every .idx after every .bin, the json last of all."""
+    """Rename the files in `temp` to their places: every .idx after every .bin, the json last of all."""
     json_path = temp / ".json"
     json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    # First what makes the old files a data set goes, so that old and new are never mixed.
+    # The files that make the old ones a data set are removed first, so that old and new are never mixed.
     for old in (".json", *(f"_{split}.idx" for split in SPLITS)):
         Path(f"{output}{old}").unlink(missing_ok=True)
     shutil.rmtree(f"{output}_tokenizer", ignore_errors=True)

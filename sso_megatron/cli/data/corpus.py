@@ -1,4 +1,4 @@
-"""Which files make a corpus, which split each goes to, and what turns them into token ids."""
+"""Finds the files of a corpus, assigns each to a split, and makes what turns them into token ids."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def make_encoder(tokenizer: str, folder: Path) -> tuple[Callable[[bytes], npt.ND
 
 
 def identity(tokenizer: str) -> str:
-    """Return what tells a tokenizer from others: local ones by content, wherever they lie."""
+    """Return a text that identifies a tokenizer: a local one by its contents, wherever it is."""
     path = Path(tokenizer)
     if path.is_file():
         beside = path.with_name("tokenizer_config.json")

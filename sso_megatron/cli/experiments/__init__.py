@@ -1,1 +1,1 @@
-"""``sso-megatron render``: the flags of an experiment of ``configs/``."""
+"""``sso-megatron render`` prints the flags of an experiment of ``configs/``."""

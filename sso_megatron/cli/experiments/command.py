@@ -1,4 +1,4 @@
-"""``sso-megatron render``: the flags of an experiment, checked by Megatron's own parser."""
+"""``sso-megatron render`` prints the flags of an experiment, checked by Megatron's own parser."""
 
 import argparse
 import functools
@@ -78,15 +78,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def render(experiment: Experiment, index: int | None, more: Sequence[str]) -> list[list[str]]:
-    """The words of each flag.
+    """Return the words of each flag.
 
     Args:
-        experiment: as it was read.
-        index: of a point of its sweep, or None for none.
+        experiment: experiment, as it was read.
+        index: index of a point of its sweep; None for no point.
         more: flags of a command line, which replace those of the experiment.
 
     Raises:
-        ValueError: something is no flag, or does not take its value; the message says where it stands.
+        ValueError: something is no flag, or does not take its value; the message says where it is.
     """
     swept = {} if index is None else experiment.point(index)
     parser = _parser()
@@ -125,7 +125,7 @@ def _parser() -> "FlagParser":
 
 
 def _read(parser: "FlagParser", flag: str, what: Given) -> tuple[str, list[str]]:
-    """What a flag sets and its words, with the file in an error."""
+    """Return what a flag sets, and its words; an error names the file."""
     try:
         return parser.setting(flag), parser.words(flag, what.value)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Experiments: flags for Megatron from the YAML files of ``configs/``.
+"""Reads experiments, which are flags for Megatron, from the YAML files of ``configs/``.
 
 A fragment is a mapping of flags to values. An experiment names fragments and adds flags of its own.
-Values are kept as they are written: what they mean is for Megatron's parser to say.
+Values are kept as they are written: Megatron's parser decides what they mean.
 """
 
 import difflib
@@ -23,11 +23,11 @@ _KEYS = ("about", "fragments", "flags", "sweep")
 
 @dataclass(frozen=True)
 class Given:
-    """A flag's value and where it stands.
+    """A flag's value and where it is written.
 
     Attributes:
         value: as written; a list for a flag with several values; ``true`` or ``false`` for a switch.
-        path: of the file, or a word for the command line.
+        path: path of the file, or a word for the command line.
     """
 
     value: Value
@@ -36,13 +36,13 @@ class Given:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment's file and its fragments say.
+    """The contents of an experiment's file and of its fragments.
 
     Attributes:
-        name: of the file, without its folder and ending.
-        path: of the file.
-        about: one line.
-        flags: with the experiment's own in place of its fragments', in the order of the files.
+        name: name of the file, without its folder and ending.
+        path: path of the file.
+        about: one line on the experiment.
+        flags: flags in the order of the files; the experiment's own replace those of its fragments.
         sweep: values of flags, of which every combination is a point.
     """
 
@@ -53,7 +53,7 @@ class Experiment:
     sweep: dict[str, list[Value]]
 
     def points(self) -> list[dict[str, Value]]:
-        """The grid of the sweep in the order of the file, its last flag changing fastest."""
+        """Return the grid of the sweep in the order of the file, its last flag changing fastest."""
         if not self.sweep:
             return []
         return [
@@ -61,7 +61,7 @@ class Experiment:
         ]
 
     def point(self, index: int) -> dict[str, Value]:
-        """One point of the sweep.
+        """Return one point of the sweep.
 
         Raises:
             ValueError: there is no such point.
@@ -75,7 +75,7 @@ class Experiment:
 
 
 def point_name(point: Mapping[str, Value]) -> str:
-    """A short name that fits into the name of a folder, such as ``lr=3e-3``."""
+    """Return a short name that fits into the name of a folder, such as ``lr=3e-3``."""
     parts = (
         f"{flag.lstrip('-')}={value if isinstance(value, str) else '+'.join(value)}"
         for flag, value in point.items()
@@ -84,13 +84,13 @@ def point_name(point: Mapping[str, Value]) -> str:
 
 
 def configs_folder(given: Path | None) -> Path:
-    """The folder with the configurations.
+    """Return the folder with the configurations.
 
     Args:
-        given: by the user, or None for the one of the checkout that this package runs from.
+        given: folder that the user named; None for the one of the checkout that this package runs from.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such folder.
     """
     folder = given or Path(sso_megatron.__file__).resolve().parent.parent / "configs"
     if not (folder / "experiments").is_dir():
@@ -103,7 +103,7 @@ def configs_folder(given: Path | None) -> Path:
 
 
 def names(folder: Path) -> list[str]:
-    """Names of all experiments of a folder of configurations."""
+    """Return the names of all experiments in a folder of configurations."""
     return sorted(path.stem for path in (folder / "experiments").glob("*.yaml"))
 
 
@@ -111,11 +111,11 @@ def read(name: str, configs: Path | None = None) -> Experiment:
     """Read an experiment and its fragments.
 
     Args:
-        name: in ``configs/experiments``, or a path to a YAML file.
-        configs: the folder with the configurations, see ``configs_folder``.
+        name: name of an experiment in ``configs/experiments``, or a path to a YAML file.
+        configs: folder with the configurations, see ``configs_folder``.
 
     Raises:
-        ValueError: naming the file and the key that are wrong.
+        ValueError: a file cannot be used; the message names the file and the key that are wrong.
     """
     folder = configs_folder(configs)
     is_path = name.endswith((".yaml", ".yml"))
@@ -196,7 +196,7 @@ def _check_value(path: Path, flag: str, value: Any) -> None:
 
 
 class _Loader(yaml.BaseLoader):
-    """Scalars as they are written; a key that stands twice is an error, as YAML has it."""
+    """Reads scalars as they are written; a key that occurs twice is an error, as YAML has it."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         found = set()
@@ -229,6 +229,6 @@ def _shown(value: Value) -> str:
 
 
 def _closest(name: str, known: Iterable[str]) -> str:
-    """A hint, or nothing where no name is like this one."""
+    """Return a hint, or an empty text where no name is like this one."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {close[0]}? " if close else ""

@@ -1,1 +1,1 @@
-"""``sso-megatron plan``: what the optimizer will do to every weight, before the run."""
+"""``sso-megatron plan`` shows what the optimizer will do to every weight, before the run."""

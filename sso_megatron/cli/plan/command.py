@@ -1,4 +1,4 @@
-"""``sso-megatron plan``: what the optimizer will do to every weight of a run, before the run."""
+"""``sso-megatron plan`` shows what the optimizer will do to every weight of a run, before the run."""
 
 import argparse
 import json
@@ -83,7 +83,7 @@ def _make(options: argparse.Namespace) -> Any:
 
 
 def _check_files(options: argparse.Namespace) -> None:
-    """Raise now, not after the work, if a file cannot be written; makes none."""
+    """Raise an error now, not after the work, if a file cannot be written; make no file."""
     paths = _files(options)
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError(f"--json and --html both name {options.json}; give each a file of its own")
@@ -100,5 +100,5 @@ def _files(options: argparse.Namespace) -> list[Path]:
 
 
 def _where(error: Exception) -> str:
-    """Kind of an error that does not tell its reason, and the line of code that it comes from."""
+    """Return the type of an error that states no reason, and the line of code that it comes from."""
     return f"{type(error).__name__} at {traceback.extract_tb(error.__traceback__)[-1].line}"

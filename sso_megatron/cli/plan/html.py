@@ -1,4 +1,4 @@
-"""A plan as one HTML page that needs no network."""
+"""Writes a plan as one HTML page that needs no network."""
 
 from markupsafe import Markup
 
@@ -9,11 +9,11 @@ from sso_megatron.cli.shared import pages
 from sso_megatron.mcore.plan.records import Plan
 
 _MAX_EDGED = 64
-"""Bars of a picture that have an edge; of more, edges would be all that is seen."""
+"""Most bars of a picture that have an edge; with more bars, edges would be all that is seen."""
 
 
 def page(plan: Plan, speed: Speed | None) -> str:
-    """The page's text."""
+    """Return the page's text."""
     count = len(plan.flops_by_data_rank())
     caption = (
         f"Flops of a spectral step on each of {count} data-parallel ranks, at pipeline stage "
@@ -36,7 +36,7 @@ def page(plan: Plan, speed: Speed | None) -> str:
 
 
 def balance(plan: Plan) -> str:
-    """An SVG element: the work of each data-parallel rank."""
+    """Return an SVG element that shows the work of each data-parallel rank."""
     flops = plan.flops_by_data_rank()
     with plot_axes.look():
         figure, (axis,) = plot_axes.panels(1, width=9.0, height=2.4)

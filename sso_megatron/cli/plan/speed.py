@@ -1,4 +1,4 @@
-"""The optimizer's share of an iteration, from stated speeds."""
+"""Estimates the optimizer's share of an iteration from stated speeds."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from sso_megatron.mcore.plan.records import Plan
 
 @dataclass(frozen=True)
 class Speed:
-    """Of a GPU.
+    """The stated speeds of a GPU.
 
     Attributes:
-        model: FLOP/s that it reaches in the model's products.
-        step: FLOP/s in the optimizer's products of float32 matrices.
+        model: FLOP/s that the GPU reaches in the model's products.
+        step: FLOP/s that it reaches in the optimizer's products of float32 matrices.
         bandwidth: bytes a second that a rank receives from its tensor-parallel group; None if not stated.
     """
 
@@ -23,7 +23,7 @@ class Speed:
 
     @classmethod
     def of(cls, flops: Sequence[float] | None, bandwidth: float | None) -> "Speed | None":
-        """From the flags; None without them.
+        """Return the speeds that the flags state; None without flags.
 
         Raises:
             ValueError: numbers that are not positive and finite, or too many, or a bandwidth alone.
@@ -45,7 +45,7 @@ class Speed:
         return cls(flops[0], flops[-1], bandwidth)
 
     def seconds(self, plan: Plan) -> tuple[float, float]:
-        """Forward and backward passes of a rank, and the spectral step of the slowest rank.
+        """Return seconds of a rank's forward and backward passes, and of the slowest rank's spectral step.
 
         Work that memory bounds (AdamW's, norms, sums) is left out, and so is waiting in the pipeline.
 
@@ -63,6 +63,6 @@ class Speed:
         return plan.model_flops / plan.world_size / self.model, max(steps)
 
     def share(self, plan: Plan) -> float:
-        """Of the spectral step in an iteration, 0 to 1."""
+        """Return the share of the spectral step in an iteration, 0 to 1."""
         model, step = self.seconds(plan)
         return step / (model + step)

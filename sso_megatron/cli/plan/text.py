@@ -1,4 +1,4 @@
-"""A plan as rows of text, for a terminal and for a page."""
+"""Formats a plan as rows of text, for a terminal and for a page."""
 
 import math
 import re
@@ -19,7 +19,7 @@ _EXPERT = re.compile(r"(?<=local_experts\.)\d+|(?<=linear_fc[12]\.weight)\d+|(?<
 
 
 def unit(value: float, suffix: str = "") -> str:
-    """A number with three digits and a decimal prefix."""
+    """Return a number with three digits and a decimal prefix."""
     if not value:
         return f"0 {suffix}".strip()
     power = max(0, min(5, int(math.log10(abs(value)) // 3)))
@@ -28,13 +28,13 @@ def unit(value: float, suffix: str = "") -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """Parameters that differ by the numbers of layers and experts alone.
+    """A row of the table: parameters that differ by the numbers of layers and experts alone.
 
     Attributes:
-        name: with ranges for numbers.
-        first: one of them.
-        count: parameters.
-        owners: data-parallel ranks that own them.
+        name: name of the parameters, with ranges for numbers.
+        first: the first of the parameters.
+        count: number of parameters.
+        owners: data-parallel ranks that own the parameters.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Row:
 
 
 def rows_of(parameters: Sequence[Parameter], is_full: bool) -> list[Row]:
-    """Rows of the table, in the model's order."""
+    """Return the rows of the table of parameters, in the model's order."""
     alike: dict[Any, list[Parameter]] = {}
     for p in parameters:
         name = p.name if is_full else _EXPERT.sub("*", _LAYER.sub("*", p.name))
@@ -64,7 +64,7 @@ def rows_of(parameters: Sequence[Parameter], is_full: bool) -> list[Row]:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """``0-3,5`` for 0, 1, 2, 3 and 5."""
+    """Return numbers as text in ranges: ``0-3,5`` for 0, 1, 2, 3 and 5."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][1] + 1:
@@ -75,12 +75,12 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def size(shape: Sequence[int]) -> str:
-    """``2048 x 512``."""
+    """Return a shape as text, such as ``2048 x 512``."""
     return " x ".join(map(str, shape))
 
 
 def matrices_of(p: Parameter) -> list[tuple[int, Matrix, str]]:
-    """Number of matrices of each kind and shape, one of them, and the modes in which they are worked on."""
+    """Return for each kind and shape the number of matrices, one of them, and the modes of all."""
     alike: dict[Any, list[Matrix]] = {}
     for m in p.matrices:
         alike.setdefault((m.kind, m.shape), []).append(m)
@@ -92,7 +92,7 @@ def matrices_of(p: Parameter) -> list[tuple[int, Matrix, str]]:
 
 
 def summary(plan: Plan, speed: Speed | None) -> list[tuple[str, str]]:
-    """The totals, each with what it is."""
+    """Return the totals, each as its name and its text."""
     busiest, fullest = plan.busiest, plan.fullest
     most = max(rank.load.received for rank in plan.ranks)
     layout = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in plan.parallel.items() if n > 1)
@@ -127,16 +127,16 @@ def summary(plan: Plan, speed: Speed | None) -> list[tuple[str, str]]:
 _COLUMNS = ("parameter", "number", "shape", "route", "why", "matrices", "radius", "scale", "tp mode")
 
 CUT_COLUMNS = ("stages", "matrices", "shape", "cut", "number", "tp mode", "why", "costs, flop of a rank")
-"""Heads of ``cut_rows``."""
+"""Heads of the columns that ``cut_rows`` fills."""
 
 
 def heads(plan: Plan) -> tuple[str, ...]:
-    """Of the columns that ``cells`` fills."""
+    """Return the heads of the columns that ``cells`` fills."""
     return (*_COLUMNS, "dp owner") if plan.is_sharded else _COLUMNS
 
 
 def cells(plan: Plan, row: Row) -> list[str]:
-    """What a row of the table of parameters says."""
+    """Return the texts in a row of the table of parameters."""
     parts = matrices_of(row.first)
     found = [
         row.name,
@@ -159,7 +159,7 @@ def _number(value: float | None) -> str:
 
 
 def cut_rows(plan: Plan) -> list[list[str]]:
-    """How matrices that tensor parallelism cuts are worked on, and what the other modes would cost."""
+    """Return how tensor-parallel matrices are worked on, and what the other modes would cost."""
     alike: dict[Any, list[CutKind]] = {}
     for cut in plan.cuts:
         key = (cut.kinds, cut.shape, cut.dim, cut.tp_size, cut.count, cut.mode)
@@ -183,10 +183,10 @@ def show(plan: Plan, console: Console, speed: Speed | None, *, is_full: bool) ->
     """Print the plan.
 
     Args:
-        plan: to be shown.
-        console: where.
-        speed: for the share of the time, if stated.
-        is_full: a row for each parameter.
+        plan: plan to print.
+        console: console to print it on.
+        speed: speeds for the share of the time; None if not stated.
+        is_full: whether each parameter has a row of its own.
     """
     rows = [cells(plan, row) for row in rows_of(plan.parameters, is_full)]
     console.print(_table(f"--optimizer {plan.optimizer}", heads(plan), rows, console.is_terminal))

@@ -1,1 +1,1 @@
-"""``sso-megatron plot``: pictures of runs, and a report."""
+"""``sso-megatron plot`` draws pictures of runs, and writes a report."""

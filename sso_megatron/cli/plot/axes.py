@@ -1,4 +1,4 @@
-"""The look of all pictures: readable in grey, by colour-blind people, and with thousands of points."""
+"""Sets the look of all pictures: readable in grey, by colour-blind people, and with thousands of points."""
 
 import contextlib
 import io
@@ -75,7 +75,7 @@ def look() -> Iterator[None]:
 def panels(
     count: int, *, across: int = 4, width: float = 3.0, height: float = 2.2
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` axes, in rows of at most ``across``; width and height of each in inches."""
+    """Return a figure of ``count`` axes of this size in inches, in rows of at most ``across``."""
     columns = min(count, across)
     rows = math.ceil(count / columns)
     # 0.4 inches for the legend above.
@@ -85,7 +85,7 @@ def panels(
 
 
 def style(number: int) -> dict[str, object]:
-    """Colour, dashes and marker of the run with this number, the same in every picture."""
+    """Return colour, dashes and marker of the run with this number, the same in every picture."""
     return {
         "color": _COLOURS[number % len(_COLOURS)],
         "linestyle": _DASHES[number % len(_DASHES)],
@@ -126,12 +126,12 @@ def shown_name(name: str) -> str:
 
 
 def plain_name(text: str) -> str:
-    """Undo ``shown_name``."""
+    """Return the run's name from a text that ``shown_name`` escaped."""
     return text.removeprefix(_NO_WIDTH).replace(r"\$", "$")
 
 
 def thinned(x: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Replace many points by fewer, one for each block of equally many; the first block may be smaller.
+    """Replace many points by fewer, one for each block of equal size; the first block may be smaller.
 
     The point of a block has the mean of the line, the widest limits and the x of its last point. Up to
     ``_MAX_POINTS`` points nothing changes.
@@ -155,7 +155,7 @@ def thinned(x: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def spread_of(values: np.ndarray, middle: Callable[..., np.ndarray] = np.nanmedian) -> np.ndarray:
-    """Smallest, middle and largest finite value of each row of (n, k), as (3, n); NaN if it has none."""
+    """Return smallest, middle and largest finite values of rows of (n, k), as (3, n); NaN if none."""
     found = np.full((3, len(values)), np.nan)
     known = np.isfinite(values).any(axis=1)
     if known.any():
@@ -171,7 +171,7 @@ def label_iterations(axis: Axes) -> None:
 
 
 def whole_numbers(axis: Axes, most: int = 10) -> None:
-    """Have only whole numbers at the horizontal axis, at most ``most``."""
+    """Label the horizontal axis with whole numbers only, at most ``most`` of them."""
     axis.xaxis.set_major_locator(MaxNLocator(most, integer=True))
 
 

@@ -1,4 +1,4 @@
-"""`sso-megatron plot`: draws one or several runs, and writes a report with all pictures."""
+"""``sso-megatron plot`` draws one or several runs, and writes a report with all pictures."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pictures of a model's health by layer: activations, attention logits, load of the experts."""
+"""Draws a model's health by layer: activations, attention logits, load of the experts."""
 
 import re
 
@@ -97,7 +97,7 @@ def _draw_layers(
 
 
 def _layers(rows: list[str]) -> tuple[np.ndarray, list[int]]:
-    """Numbers of the layers, ascending, the decoder's first, and the indices of rows in that order."""
+    """Return the layers' numbers, ascending, the decoder's first, and the rows' indices in that order."""
 
     def number(name: str) -> int:
         found = re.search(r"layers\.(\d+)$", name)

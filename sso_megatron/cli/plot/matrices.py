@@ -1,4 +1,4 @@
-"""Pictures of the measurements of every logical matrix, with a panel for each kind of module."""
+"""Draws the measurements of every logical matrix, with a panel for each kind of module."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Quantity:
     Attributes:
         column: name of the column.
         label: label of the vertical axis.
-        value: makes the shown numbers from the column's.
+        value: computes the shown numbers from the column's.
         middle: reduces the values of a kind of module to its line.
         is_log: whether the axis is logarithmic if the numbers span a decade.
         is_shared: whether all panels have the same limits.
@@ -39,7 +39,7 @@ class Quantity:
 
 
 def kinds(rows: list[str]) -> dict[str, list[int]]:
-    """Indices of the rows of each kind of module, attention's first."""
+    """Return the indices of the rows of each kind of module, attention's first."""
     found: dict[str, list[int]] = {}
     for i, name in enumerate(rows):
         found.setdefault(place_of(name)[0], []).append(i)
@@ -48,7 +48,7 @@ def kinds(rows: list[str]) -> dict[str, list[int]]:
 
 
 def draw(runs: list[Run], quantity: Quantity) -> Figure | None:
-    """Draw the smallest, middle and largest value of each kind over training, runs overlaid."""
+    """Draw the smallest, middle and largest value of each kind of module over training, runs overlaid."""
     parts = [
         (number, run, run.tables["matrices"])
         for number, run in enumerate(runs)
@@ -99,7 +99,7 @@ def _draw_limits(axis: Axes, run: Run, quantity: Quantity, members: list[int], n
 
 
 def _tolerance(run: Run) -> float | None:
-    """The residual at which bisection stops; None for tracking, which stops after its trials."""
+    """Return the residual at which bisection stops; None for tracking, which stops after its trials."""
     is_searched = run.settings.get("solver") == "bisection"
     return run.settings.get("solver_tolerance") if is_searched else None
 

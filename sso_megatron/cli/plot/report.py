@@ -1,4 +1,4 @@
-"""The report: one HTML file with every picture of some runs, without scripts and without network."""
+"""Writes the report, one HTML file with every picture of some runs, without scripts and network."""
 
 import datetime
 import json
@@ -20,7 +20,7 @@ from sso_megatron.runs.reader import Run
 from sso_megatron.version import __version__
 
 _MAX_ALARMS = 30
-"""Most kinds of alarms that are listed for a run."""
+"""Most groups of alarms that are listed for a run."""
 
 # The place before an id in matplotlib's SVG, and before each reference to one.
 _ID = re.compile(r'(?<=\bid=")(?=[^"])|(?<=url\(#)|(?<=href="#)')
@@ -35,7 +35,7 @@ class RepeatedAlarm:
         text: text of the first alarm.
         first: iteration of the first alarm.
         last: iteration of the last alarm.
-        count: how many alarms.
+        count: number of alarms.
     """
 
     run: str
@@ -48,7 +48,7 @@ class RepeatedAlarm:
 def write(
     path: Path, runs: Sequence[Run], drawn: Mapping[Picture, str], missing: Sequence[Picture]
 ) -> Path:
-    """Write the report.
+    """Write the report as one HTML file.
 
     Args:
         path: file to write.
@@ -73,7 +73,7 @@ def write(
 
 
 def alarms(run: Run) -> list[RepeatedAlarm]:
-    """Group a run's alarms, in the order of each group's first; a group's differ in numbers alone."""
+    """Group a run's alarms that differ in numbers alone, in the order of each group's first alarm."""
     kinds: dict[str, list[tuple[int, str]]] = {}
     for iteration, text in run.alarms:
         if text.startswith("... and"):  # how many more there were
@@ -86,7 +86,7 @@ def alarms(run: Run) -> list[RepeatedAlarm]:
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Rows of the table of runs: the name of a fact, and its text for each run."""
+    """Return the rows of the table of runs: the name of a fact, and its text for each run."""
     facts = [
         ("optimizer", [run.optimizer for run in runs]),
         ("iterations", [_number(_last_iteration(run)) for run in runs]),
@@ -126,7 +126,7 @@ def _date(seconds: float | None) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """All settings of a single run, or the settings in which several runs differ."""
+    """Return all settings of a single run, or the settings in which several runs differ."""
     all_settings = [_flat(run.about) for run in runs]
     names = dict.fromkeys(name for settings in all_settings for name in settings)
     table = [(name, [settings.get(name, "") for settings in all_settings]) for name in names]
@@ -148,7 +148,7 @@ def _flat(about: Mapping[str, Any]) -> dict[str, str]:
 
 
 def element(picture: Picture, figure: Figure, svg: str) -> str:
-    """Make a picture an HTML element, with unique ids and a text for people who do not see it.
+    """Return a picture as an HTML element, with unique ids and a text for people who do not see it.
 
     Args:
         picture: name and title.

@@ -1,4 +1,4 @@
-"""Histograms of the singular values of weights over training, from checkpoints."""
+"""Draws histograms of the singular values of weights over training, from checkpoints."""
 
 import argparse
 import re
@@ -27,7 +27,7 @@ def check(options: argparse.Namespace) -> None:
     """Check ``--weights`` and ``--checkpoints``.
 
     Raises:
-        ValueError: they cannot be used.
+        ValueError: one of these options cannot be used.
     """
     if options.weights is not None:
         try:
@@ -93,7 +93,7 @@ def draw(runs: list[Run], found: list[Values]) -> Figure:
 
 
 def _checkpoints(run: Run) -> Path:
-    """The folder of a run's checkpoints.
+    """Return the folder of a run's checkpoints.
 
     The folder in ``run.json`` may have been removed, or be on another machine.
     """

@@ -1,4 +1,4 @@
-"""The picture of losses, and the picture that ``sso-megatron first-run`` draws."""
+"""Draws the picture of losses, and the picture of ``sso-megatron first-run``."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def loss(runs: list[Run]) -> Figure | None:
 
 
 def _unit(units: tuple[tuple[float, str], ...], values: list[np.ndarray]) -> tuple[float, str]:
-    """The largest unit, with its name, of which the largest value has at least two."""
+    """Return the largest unit, with its name, of which the largest value has at least two."""
     largest = max(float(np.nanmax(of_run, initial=0)) for of_run in values)
     return next(((size, name) for size, name in units if largest >= 2 * size), units[-1])
 
@@ -67,13 +67,13 @@ def _draw(axis: Axes, run: Run, number: int, x: np.ndarray) -> None:
         axis.plot(x[place], validation, "*", mfc="w", mec=colour, ms=11, mew=1.3, zorder=5)
     if run.alarms:
         wanted = np.isin(run.iterations[known], [iteration for iteration, _ in run.alarms])
-        # Alarms stand at the foot of the axis, in a row for each run.
+        # Alarms are drawn at the foot of the axis, in a row for each run.
         heights = np.full(wanted.sum(), 0.02 + 0.035 * number)
         axis.plot(x[wanted], heights, "|", color=colour, ms=8, transform=axis.get_xaxis_transform())
 
 
 def _extra(runs: list[Run]) -> list[Line2D]:
-    """Entries of the legend beside the runs' names."""
+    """Return entries of the legend beside the runs' names."""
     found = []
     if any(run.summary.get("val_loss") is not None for run in runs):
         style = {"marker": "*", "mfc": "w", "mec": "k", "ms": 11, "ls": "none"}
@@ -97,10 +97,10 @@ def draw_run(folder: Path) -> Path:
     """Write ``run.png`` into a run's folder: the loss, and spectral norms against the radius.
 
     Args:
-        folder: what ``--spectral-run-dir`` named.
+        folder: folder that ``--spectral-run-dir`` named.
 
     Returns:
-        The picture's path.
+        The path of the picture.
     """
     (run,) = load([folder])
     with plot_axes.look():

@@ -1,1 +1,1 @@
-"""What several commands share: pages, and Megatron in a process that trains nothing."""
+"""Code that several commands share: errors, pages, and Megatron in a process that trains nothing."""

@@ -1,4 +1,4 @@
-"""How every command ends on an error: one line on standard error, exit code 2."""
+"""Ends a command after an error, with one line on standard error and exit code 2."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Megatron inside a command that trains nothing: without a GPU, without its output, errors in one line."""
+"""Runs Megatron in a command that trains nothing: without GPU and output, with errors in one line."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 def enter() -> None:
-    """Make Megatron importable as in a run of one rank; a GPU of this machine has no part in it."""
+    """Make Megatron importable as in a run of one rank; no GPU of this machine is used."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     from sso_megatron.mcore import entry
@@ -19,7 +19,7 @@ def enter() -> None:
 
 @contextlib.contextmanager
 def without_noise() -> Iterator[tuple[io.StringIO, io.StringIO]]:
-    """Keep what Megatron prints from the user; yields what went to standard output and error."""
+    """Hide from the user what Megatron prints; yield what went to standard output and standard error."""
     printed, said = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(printed),
@@ -35,9 +35,9 @@ def without_noise() -> Iterator[tuple[io.StringIO, io.StringIO]]:
 
 
 def reason(output: str) -> str:
-    """Why a process of Megatron's ended: the last line that says ``error: ``, without what is before that.
+    """Return why a process of Megatron's ended, from its output.
 
-    Where no line does, all of the output.
+    This is the last line that contains ``error: ``, from behind that; all of the output if no line does.
     """
     told = [line for line in output.splitlines() if "error: " in line]
     return told[-1].split("error: ", 1)[1] if told else output.strip() or "no reason given"

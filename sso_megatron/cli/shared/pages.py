@@ -1,4 +1,4 @@
-"""HTML pages from the templates of the commands."""
+"""Renders HTML pages from the templates of the commands."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,11 @@ import jinja2
 
 
 def render(template: str, **values: Any) -> str:
-    """A page's text; what a value holds is escaped unless it is ``Markup``.
+    """Return a page's text; the text of a value is escaped unless it is ``Markup``.
 
     Args:
-        template: its file, relative to the folder ``cli``.
-        values: for the names in it; one that has no value is an error, not an empty place.
+        template: file of the template, relative to the folder ``cli``.
+        values: values of the names in it; a name without a value is an error, not an empty place.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent.parent),

@@ -1,8 +1,8 @@
-"""``sso-megatron first-run``: trains a small Megatron GPT on text that every machine has.
+"""``sso-megatron first-run`` trains a small Megatron GPT on text that every machine has.
 
-The paper's architecture in small (GQA, SwiGLU, RMSNorm, RoPE, QK-norm, untied embeddings; 2.5 million
-parameters), byte-level, on the Python standard library's source files, over two tensor-parallel
-ranks, with spectral muP initialisation and a cosine schedule.
+The model has the paper's architecture in small (GQA, SwiGLU, RMSNorm, RoPE, QK-norm, untied embeddings; 2.5
+million parameters). It is byte-level and trains on the Python standard library's source files, over two
+tensor-parallel ranks, with spectral muP initialisation and a cosine schedule.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _num_ranks() -> int:
-    """Two, but one where there is just one GPU: NCCL takes one rank a device."""
+    """Return how many ranks train: two, or one on a single GPU, because NCCL takes one rank a device."""
     import torch
 
     return 1 if torch.cuda.is_available() and torch.cuda.device_count() == 1 else 2

@@ -1,4 +1,4 @@
-"""Pretraining of dense, MoE and hybrid GPT models with Megatron's own training loop.
+"""Pretrains dense, MoE and hybrid GPT models with Megatron's own training loop.
 
 The megatron-core wheel has the loop but no script; this is one, for mock and indexed data, with
 evaluation and checkpoints as Megatron's flags ask for them.
@@ -14,11 +14,11 @@ from torch import Tensor
 from sso_megatron.mcore import entry
 from sso_megatron.mcore.compat import run_config
 
-# What a batch holds, and no packed sequences: the model takes the first three, the loss the others.
+# Fields of a batch, without those of packed sequences: three inputs, then two that the loss needs.
 _FIELDS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 
 DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
-"""Values of Megatron's flags where the command line has none."""
+"""Values of Megatron's flags that the command line does not set."""
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def refuse_packed_data(args: Any) -> None:
 
 
 def embedding_ranks(args: Any, pp_ranks: list[int]) -> list[int]:
-    """Pipeline stages that hold the word embeddings: the first, the last if tied, and MTP's."""
+    """Return the pipeline stages that hold the word embeddings: the first, the last if tied, and MTP's."""
     from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
     from megatron.training.arguments import core_transformer_config_from_args
 
@@ -63,7 +63,7 @@ def embedding_ranks(args: Any, pp_ranks: list[int]) -> list[int]:
 
 
 def _reads_data(vp_stage: int | None) -> bool:
-    """Whether this pipeline stage needs tokens or labels."""
+    """Return whether this pipeline stage needs tokens or labels."""
     from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
@@ -83,7 +83,7 @@ def _reads_data(vp_stage: int | None) -> bool:
 
 
 def get_batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) -> dict[str, Any]:
-    """This rank's part of the next micro batch, ``_FIELDS`` by name, None where it has no use.
+    """Return this rank's share of the next micro batch: ``_FIELDS`` by name, None where not needed.
 
     Collectives: broadcasts over the tensor-parallel group, whose first rank alone reads data.
 
@@ -124,7 +124,7 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) 
 
 
 def forward_step(data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
-    """The model's output for one micro batch, and the function that makes a loss of it."""
+    """Return the model's output for one micro batch, and the function that computes the loss from it."""
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_timers
 
@@ -137,7 +137,7 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
 
 
 def _loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the token losses, number of tokens, and both as Megatron logs them.
+    """Return the sum of the token losses, the number of tokens, and both as Megatron logs them.
 
     Args:
         loss_mask: ``(micro_batch, seq)``, 1 where a token counts.
@@ -163,7 +163,7 @@ def _loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, 
 
 
 def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
-    """Train, validation and test sets of the given sizes, on the ranks that read them."""
+    """Build training, validation and test sets of the given sizes, on the ranks that read them."""
     from megatron.core import mpu
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,

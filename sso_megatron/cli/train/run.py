@@ -16,7 +16,7 @@ _USAGE = "usage: torchrun [options] -m sso_megatron.run SCRIPT.py [Megatron's fl
 
 
 def _script_error(arguments: Sequence[str]) -> str | None:
-    """Returns what is wrong with the script argument, or None."""
+    """Return what is wrong with the script argument, or None."""
     if not arguments or arguments[0].startswith("-"):
         found = f"found {arguments[0]!r}" if arguments else "found nothing"
         return f"the first argument must be a training script such as pretrain_gpt.py, {found}"
@@ -29,7 +29,7 @@ def _script_error(arguments: Sequence[str]) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Enters Megatron and runs the script as ``__main__``.
+    """Enter Megatron and run the script as ``__main__``.
 
     Args:
         argv: The script and its flags; ``sys.argv[1:]`` if None.

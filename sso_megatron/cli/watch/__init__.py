@@ -1,1 +1,1 @@
-"""``sso-megatron watch``: shows a run's losses, numbers and alarms while it trains."""
+"""``sso-megatron watch`` shows a run's losses, numbers and alarms while it trains."""

@@ -1,4 +1,4 @@
-"""``sso-megatron watch``: follows a run by the files that it writes."""
+"""``sso-megatron watch`` follows a run by the files that it writes."""
 
 import argparse
 import os
@@ -57,7 +57,7 @@ def exit_on_signals() -> None:
 
 
 def discard_output() -> None:
-    """Send standard output to nowhere. After a broken pipe Python would report it again when it ends."""
+    """Send standard output to nowhere: Python would report a broken pipe again when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -120,7 +120,7 @@ def _follow_in_lines(state: RunState, is_over: Callable[[], bool]) -> None:
 
 
 def _kind_of_status(state: RunState) -> str:
-    """The status without its numbers; a status is printed only when its kind changes."""
+    """Return the status without its numbers; a status is printed only when this text changes."""
     if state.silent_seconds is not None:
         return "silent"
     return "running" if status(state).startswith("running") else status(state)

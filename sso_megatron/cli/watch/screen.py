@@ -1,4 +1,4 @@
-"""The state of a run as one screen of a terminal, and as one line."""
+"""Shows the state of a run as one screen of a terminal, and as one line."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,14 +25,14 @@ _ROWS_FOR_LINES = 4
 
 
 class Screen:
-    """A run on one screen. Rich asks for its contents at every refresh, with the terminal's size."""
+    """Shows a run on one screen. Rich asks for its contents at every refresh, with the terminal's size."""
 
     def __init__(self, state: RunState) -> None:
         """Show this state, as it is at each refresh."""
         self.state = state
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Any:
-        """Yield the parts from top to bottom; alarms and newest lines as far as they fit."""
+        """Yield the screen's parts from top to bottom, alarms and newest lines as far as they fit."""
         state = self.state
         rows_left = console.size.height - 1
         parts: list[RenderableType] = [_heading(state), _status(state)]
@@ -118,7 +118,7 @@ def _light(name: str, is_well: bool | None, ascii_only: bool) -> Text:
 
 
 def _alarm(state: RunState, iteration: int, text: str) -> Table:
-    """An alarm; dim and without a sign if the newest measurement did not raise it again."""
+    """Return an alarm, dim and without a sign if the newest measurement did not raise it again."""
     is_on = state.measured is not None and state.measured["iteration"] == iteration
     grid = Table.grid(padding=(0, 1))
     grid.add_row("!" if is_on else " ", str(iteration), Text(text, overflow="fold"))

@@ -1,4 +1,4 @@
-"""Nuclear norm, the sum of the singular values, from the polar factor: ``||G||_* = <G, msign(G)>``."""
+"""Computes the nuclear norm, the sum of the singular values, as ``||G||_* = <G, msign(G)>``."""
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from sso_megatron.linalg.precision import float32_products
 def norms(
     G: Tensor, coefficients: Coefficients, all_reduce: AllReduce | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``||G||_*`` and ``||G||_F`` of every matrix of a batch, ``(b,)`` float64 each.
+    """Return ``||G||_*`` and ``||G||_F`` of every matrix of a batch, ``(b,)`` float64 each.
 
-    The nuclear norm comes out too small by what singular values add that Newton-Schulz steps do not lift
-    to 1: below 1e-3 of the norm for eight steps of polar_express.
+    The nuclear norm is too small by the share of singular values that Newton-Schulz steps do not lift to
+    1: for eight steps of polar_express, singular values below 1e-3 of the norm.
 
     Args:
         G: ``(b, m, n)`` float32 or float64, whole matrices or this rank's rows; it is overwritten.

@@ -1,4 +1,4 @@
-"""The spectral norm of one matrix, for looking at: slow and accurate."""
+"""Computes the spectral norm of one matrix for inspection, slowly and accurately."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,16 @@ from torch import Tensor
 from sso_megatron.linalg.power_iteration import power_iteration, start_basis
 
 _EXACT_SIDE = 1024
-"""Longest short side of an exact decomposition: about a second on one CPU core."""
+"""Longest short side that is decomposed exactly, which takes about a second on one CPU core."""
 
 
 def spectral_norm(matrix: Tensor) -> float:
-    """Largest singular value: exact in float64 up to a short side of 1024, else by a long power iteration.
+    """Return the largest singular value: exact in float64 up to a short side of 1024, else by iteration.
+
+    A larger matrix takes a long power iteration in its own dtype.
 
     Args:
-        matrix: ``(m, n)``, float32 or float64; what is not decomposed is iterated in its own dtype.
+        matrix: ``(m, n)``, float32 or float64.
     """
     if min(matrix.shape) <= _EXACT_SIDE:
         return torch.linalg.svdvals(matrix.double())[0].item()

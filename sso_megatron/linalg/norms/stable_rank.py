@@ -1,8 +1,9 @@
-"""Stable rank ``||A||_F^2 / ||A||_2^2`` of tall matrices whose rows come by and by, and are not kept.
+"""Computes the stable rank ``||A||_F^2 / ||A||_2^2`` of tall matrices in chunks of rows (streaming).
 
-What is kept of the rows is the square of their Frobenius norm and a block that spans the largest right
-singular directions. The next rows are iterated under that block as if it were rows itself, as in an
-incremental singular value decomposition; so are the blocks of several ranks in the end.
+The rows are not kept. The state of a matrix is the square of their Frobenius norm and a block that spans
+the largest right singular directions. The next rows are appended to that block, as if it were rows
+itself, and iterated, as in an incremental singular value decomposition; so are the blocks of several
+ranks in the end.
 """
 
 from dataclasses import dataclass
@@ -16,20 +17,21 @@ from sso_megatron.linalg.polar import AllReduce, frobenius_norm
 from sso_megatron.linalg.precision import float32_products
 from sso_megatron.linalg.shard_view import ShardView
 
-# Of rows that came in sixteen parts, 256 columns: stable ranks within 1e-4 for singular values that fall as
-# 1/j or 1/sqrt(j) or stand out, 2e-3 too large where they fall as exp(-j/50); 10 % for Gaussian noise, and
-# 6 % where forty parts have a large direction each of their own. In one part 1e-4, and 1 % for noise.
+# Measured with 256 columns and rows that came in sixteen chunks: stable ranks are within 1e-4 where the
+# singular values fall as 1/j or 1/sqrt(j) or stand out, and 2e-3 too large where they fall as exp(-j/50);
+# 10 % for Gaussian noise, and 6 % where each of forty chunks has a large direction of its own. In a single
+# chunk 1e-4, and 1 % for noise.
 COLUMNS = 32
-"""Columns of a block; fewer where there are fewer."""
+"""Columns of a block; a matrix of fewer columns has a block of as many."""
 _PASSES = 8
 
 
 @dataclass
 class StreamedRows:
-    """What is kept of the rows seen so far of a matrix with ``n`` columns.
+    """The state of a matrix with ``n`` columns after the rows seen so far.
 
     Attributes:
-        square: ``||A||_F^2``, 0-d float64, of the columns that are held here.
+        square: ``||A||_F^2``, 0-d float64, of the columns that this rank holds.
         block: ``(n, k)``, whole on every rank: ``block block^T`` is ``A^T A`` in the largest directions;
             None before the first rows.
     """
@@ -40,14 +42,14 @@ class StreamedRows:
 
 @float32_products("ieee")
 def add_rows(rows: StreamedRows, A: Tensor, view: ShardView) -> None:
-    """Take more rows in, ``(t, q)``, the columns that are held here.
+    """Add ``(t, q)`` rows to the state, with the columns that this rank holds.
 
-    ``4 t q k`` flops a pass, eight passes. Collectives where columns are cut: two sums a pass.
+    Eight passes take ``4 t q k`` flops each. Collectives where columns are sharded: two sums a pass.
 
     Args:
-        rows: updated.
-        A: floating point; a float32 copy is made and dropped.
-        view: which columns these are; its number of rows is not looked at.
+        rows: state to update in place.
+        A: the rows, floating point; a float32 copy is made and dropped.
+        view: which columns these are; its number of rows is ignored.
     """
     if not A.numel():
         return
@@ -64,12 +66,12 @@ def add_rows(rows: StreamedRows, A: Tensor, view: ShardView) -> None:
 
 @float32_products("ieee")
 def squared_norms(blocks: Tensor, all_reduce: AllReduce | None = None) -> Tensor:
-    """``||A||_2^2`` of matrices from the blocks of their rows.
+    """Return ``||A||_2^2`` of matrices from the blocks of their rows.
 
     Args:
         blocks: ``(b, n, k)``.
-        all_reduce: sum over the ranks that saw other rows of the same matrices; None where all were seen
-            here. It is called three times in each of eight passes.
+        all_reduce: sum over the ranks that saw other rows of the same matrices; None where this
+            rank saw all rows. It is called three times in each of eight passes.
 
     Returns:
         ``(b,)`` float64; NaN where a block has an entry that is not finite.
