@@ -1,1 +1,1 @@
-"""Checkpoints that are complete or absent, fit the run, and end all ranks together where they do not."""
+"""Keeps checkpoints complete, checks that they fit the run, and ends all ranks together where not."""

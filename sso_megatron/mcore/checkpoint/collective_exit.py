@@ -1,6 +1,6 @@
-"""Ends all ranks together when one of them cannot go on: one line, exit code 2, nobody left waiting.
+"""Ends all ranks together when one of them cannot go on: one line, exit code 2, no rank left waiting.
 
-A rank that raises while the others sit in a collective leaves them there until a timeout of many minutes,
+A rank that raises while the others are in a collective leaves them there until a timeout of many minutes,
 unless a launcher kills them.
 """
 
@@ -21,35 +21,35 @@ from sso_megatron.mcore.errors import fail
 _ERROR, _HEARD = "sso_megatron/error", "sso_megatron/heard"
 _POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = 10.0
-"""How long a failing rank waits for the others to hear of it; it may be the one that hosts the store."""
+"""How long a failing rank waits until the others have read its error; it may be the store's host."""
 
 
 ERRORS = (Exception, CheckpointException)
-"""What a load may raise; torch's own is no ``Exception``."""
+"""Classes that a load may raise; torch's ``CheckpointException`` is no ``Exception``."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be saved or loaded; one line with the file or key and the way out."""
+    """Reports in one line a checkpoint that cannot be saved or loaded: the file or key, and the way out."""
 
 
 def cause_of(error: BaseException) -> str:
-    """Kind and text of an error; torch's collects those of its ranks, with their tracebacks."""
+    """Return class and text of an error, or of the first rank's error in a ``CheckpointException``."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {error}"
 
 
 def check_together(check: Callable[[], str | None]) -> None:
-    """End all ranks if ``check`` finds an error on any of them; the first rank's is shown.
+    """End all ranks if ``check`` finds an error on any of them, and show the error of the lowest such rank.
 
     Collectives: one gather of objects over the world, if there is a process group.
 
     Args:
-        check: returns what is wrong, or None. What it raises counts as wrong too.
+        check: returns what is wrong, or None. An exception that it raises counts as an error, too.
     """
     try:
         mine = check()
-    except ERRORS as error:  # whatever it is, the others are waiting in the gather below
+    except ERRORS as error:  # any of them: the other ranks are waiting in the gather below
         traceback.print_exc()
         mine = cause_of(error)
     errors: list[Any] = [mine]
@@ -62,12 +62,12 @@ def check_together(check: Callable[[], str | None]) -> None:
 
 
 def on_first_rank(write: Callable[[], None]) -> None:
-    """Have rank 0 do something to the disk while the others wait.
+    """Have rank 0 call ``write``, which changes files, while the other ranks wait.
 
     Collectives: a broadcast of an object over the world.
 
     Raises:
-        OSError: on every rank, where rank 0 met one.
+        OSError: ``write`` raised one on rank 0; then every rank raises it.
     """
     error: list[str | None] = [None]
     if dist.get_rank() == 0:
@@ -82,14 +82,14 @@ def on_first_rank(write: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def exit_together(describe: Callable[[BaseException], str]) -> Iterator[None]:
-    """Run a block that all ranks run; an exception on one of them ends them all within seconds.
+    """Run a block that all ranks run, and end all of them within seconds if one of them raises.
 
-    Meanwhile a thread asks the store that the process group was made with whether a rank has failed.
+    During the block a thread asks the process group's store whether a rank has failed.
 
     Collectives: a barrier at the end of the block. Without a process group only this rank ends.
 
     Args:
-        describe: makes one line of an exception.
+        describe: returns the text to show for an exception.
     """
     store = _own_connection() if dist.is_initialized() else None
     done = threading.Event()
@@ -99,7 +99,7 @@ def exit_together(describe: Callable[[BaseException], str]) -> Iterator[None]:
     try:
         yield
         if store is not None:
-            dist.barrier()  # a rank that is through must still hear of one that is not
+            dist.barrier()  # a rank that has finished must still learn that another has failed
     except ERRORS as error:  # whatever ends one rank must end all
         done.set()
         if not isinstance(error, CheckpointError):
@@ -115,7 +115,7 @@ def exit_together(describe: Callable[[BaseException], str]) -> Iterator[None]:
 
 
 def _own_connection() -> Any:
-    """A second connection: on the first a thread would wait for whatever the process group waits for."""
+    """Return a second connection to the store; the first is blocked while the process group waits."""
     return dist.distributed_c10d._get_default_store().clone()
 
 
@@ -124,20 +124,20 @@ def _one_line(text: str) -> str:
 
 
 def _agree_on_first(store: Any, line: str) -> str:
-    """Leave the error in the store unless one is there, and give all ranks the time to read it.
+    """Write the error to the store unless one is there, and give all ranks time to read it.
 
     Returns:
-        The first error; what others raise is often only that this rank has gone.
+        The first error in the store. Later errors often say only that a rank has gone.
     """
     mine = f"{dist.get_rank()} {line}"
-    with contextlib.suppress(dist.DistError):  # the rank that hosts the store has left already
+    with contextlib.suppress(dist.DistError):  # the rank that hosts the store has ended already
         first = store.compare_set(_ERROR, "", mine).decode()
         heard = store.add(_HEARD, int(first != mine))
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while heard < dist.get_world_size() - 1 and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS / 5)
             heard = store.add(_HEARD, 0)
-        if dist.get_rank() == 0:  # it often hosts the store, which the others ask until they have heard
+        if dist.get_rank() == 0:  # it often hosts the store, which the others poll until they have read it
             time.sleep(_POLL_SECONDS)
         return _without_rank(first)
     return line
@@ -160,4 +160,4 @@ def _watch(store: Any, done: threading.Event) -> None:
             print(f"sso_megatron: error: {line}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2)  # the main thread sits in a collective and cannot be interrupted
+        os._exit(2)  # the main thread is in a collective and cannot be interrupted

@@ -1,6 +1,7 @@
-"""Whether a checkpoint fits the run that loads it, said before Megatron loads it.
+"""Checks whether a checkpoint fits the run that loads it, before Megatron loads it.
 
-Each function returns what is wrong in one line, or None. None of them issues a collective.
+``wrong_optimizer`` and ``wrong_contents`` return what is wrong in one line, or None. No function here
+issues a collective.
 """
 
 from argparse import Namespace
@@ -13,7 +14,7 @@ from sso_megatron.mcore.flags.optimizers import OPTIMIZERS
 from sso_megatron.mcore.parameters.names import OPTIONAL_STATE
 
 _SHOWN = 3
-"""How many keys a message names."""
+"""Number of keys that a message names."""
 
 _SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
@@ -21,36 +22,36 @@ _SIZES = (
     *("moe_shared_expert_intermediate_size", "mtp_num_layers", "swiglu", "qk_layernorm"),
     *("untie_embeddings_and_output_weights", "normalization", "hybrid_layer_pattern"),
 )
-"""Arguments of Megatron's that shapes and names of weights follow from."""
+"""Megatron's arguments that determine the shapes and names of weights."""
 
 _ASSERTED = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
-"""Those that must agree even where all shapes do. Megatron compares the first three itself, once all is
-loaded; of another vocabulary it loads what overlaps."""
+"""Arguments that must agree even where all shapes do. Megatron compares the first three itself, once
+everything is loaded; where the vocabulary differs it loads the rows that overlap."""
 
 
 def stored_contents(folder: Path) -> Mapping[str, Any]:
-    """The entries of a torch_dist checkpoint by key; a tensor's entry has its global shape as ``size``."""
+    """Return a torch_dist checkpoint's entries by key; a tensor's has its global shape as ``size``."""
     read = private_api.existing("megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader")
     contents: Mapping[str, Any] = read(folder).read_metadata().state_dict_metadata
     return contents
 
 
-# ---------------------------------------------------------------- kinds of optimizers
+# ---------------------------------------------------------------- the optimizer
 
 
 def wrong_optimizer(folder: Path, saved: Any, args: Namespace) -> str | None:
-    """Whether optimizer state that is about to be loaded is that of another kind of optimizer.
+    """Return what is wrong if stored optimizer state means nothing to this run's optimizer, else None.
 
     Args:
         folder: the checkpoint.
         saved: the arguments that it was saved with.
-        args: this run's.
+        args: this run's arguments.
     """
     name = getattr(saved, "optimizer", None)
     if name is None or getattr(saved, "no_save_optim", False) or _kind(name) == _kind(args.optimizer):
         return None
     if not {name, args.optimizer} & OPTIMIZERS.keys():
-        return None  # nothing of ours
+        return None  # neither is an optimizer of this package
     return (
         f"{folder} was saved with --optimizer {name}; its optimizer state cannot be loaded into "
         f"--optimizer {args.optimizer}: add --no-load-optim to keep iteration and weights and start the "
@@ -59,7 +60,7 @@ def wrong_optimizer(folder: Path, saved: Any, args: Namespace) -> str | None:
 
 
 def _kind(name: str) -> Any:
-    """What must be equal for the state of one to mean the same in the other."""
+    """Return a key that is equal for two optimizers whose state has the same meaning."""
     spec = OPTIMIZERS.get(name)
     return (spec.prefix, spec.fixed) if spec else name
 
@@ -68,12 +69,12 @@ def _kind(name: str) -> Any:
 
 
 def drop_missing_optional(tree: Any, stored: Collection[str]) -> None:
-    """Take out of a sharded state dict, in place, what may be missing and is missing.
+    """Remove from a sharded state dict, in place, the optional objects that the checkpoint lacks.
 
-    That is every object whose key begins with ``OPTIONAL_STATE``; the optimizer finds it again.
+    Optional is every object whose key begins with ``OPTIONAL_STATE``: the optimizer finds its values again.
 
     Args:
-        tree: nested dictionaries and lists.
+        tree: a sharded state dict, of nested dictionaries and lists.
         stored: keys in the checkpoint.
     """
     if isinstance(tree, dict):
@@ -97,14 +98,14 @@ def _may_be_dropped(entry: Any, stored: Collection[str]) -> bool:
 def wrong_contents(
     folder: Path, wanted: Any, stored: Mapping[str, Any], saved: Any, args: Namespace
 ) -> str | None:
-    """Whether a checkpoint lacks what is to be loaded, or holds it in another shape.
+    """Return what is wrong if a checkpoint lacks an entry to load or has it in another shape, else None.
 
     Args:
         folder: the checkpoint.
-        wanted: this rank's sharded state dict, which is left as it is.
-        stored: from ``stored_contents``.
-        saved: the arguments that it was saved with.
-        args: this run's.
+        wanted: this rank's sharded state dict, which is not changed.
+        stored: the checkpoint's entries, from ``stored_contents``.
+        saved: the arguments that the checkpoint was saved with.
+        args: this run's arguments.
     """
     missing, misfits = [], []
     for key, unique_key, shape, may_differ in _entries(wanted):
@@ -114,7 +115,7 @@ def wrong_contents(
             misfits.append(f"{key} is {tuple(stored[unique_key].size)} in it and {shape} in this run")
     if misfits:
         return f"{folder} does not fit: {_some(misfits)}; {_what_to_do(misfits, saved, args)}"
-    # The other ways to be strict let Megatron go on without a key, or name it themselves.
+    # With other values of --dist-ckpt-strictness Megatron goes on without the key, or names it itself.
     if missing and args.dist_ckpt_strictness in ("assume_ok_unexpected", "raise_unexpected"):
         return f"{folder} does not hold {_some(missing)}; {_what_to_do(missing, saved, args)}"
     if args.finetune or _is_hybrid(saved) != _is_hybrid(args):
@@ -127,7 +128,10 @@ def wrong_contents(
 
 
 def _entries(tree: Any) -> Iterator[tuple[str, str, tuple[int, ...] | None, bool]]:
-    """Key, key in the checkpoint, global shape and whether that may differ, of all that is to be loaded."""
+    """Yield four values for each entry that is to be loaded.
+
+    They are its key, its key in the checkpoint, its global shape, and whether the shape may differ.
+    """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 

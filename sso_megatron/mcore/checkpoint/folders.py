@@ -1,18 +1,18 @@
-"""Folders of checkpoints: nothing half-written is taken for one, and the last complete one is kept.
+"""Names, completes and repairs folders of checkpoints, so that the last complete checkpoint is always kept.
 
-A checkpoint ``iter_0000010`` comes into being in steps, and a run may be killed between any two:
+A checkpoint ``iter_0000010`` is made in steps, and a run may be killed between any two:
 
-1. ``partial-iter_0000010`` fills; its manifest is written last;
-2. where the iteration was saved before, that checkpoint becomes ``old-iter_0000010``;
+1. ``partial-iter_0000010`` is filled; its manifest is written last;
+2. where the iteration was saved before, the older checkpoint is renamed ``old-iter_0000010``;
 3. the partial folder is renamed ``iter_0000010``;
-4. the old one is removed, and the tracker file is replaced.
+4. the old folder is removed, and the tracker file is replaced.
 
-So a folder named ``iter_*`` is complete, unless something else than this made it. ``find_damage`` says what
-is to be done after a run that ended half-way, ``mend`` does it. Both are for one process: they issue no
-collectives, and know nothing of Megatron but the names of its files.
+So a folder named ``iter_*`` is complete, unless another program made it. After a run that ended half-way
+``find_damage`` returns what has to be repaired, and ``mend`` repairs it. Both are for one process: they
+issue no collectives, and use nothing of Megatron but the names of its files.
 
-The other names do not begin with ``iter_``, because Megatron takes what follows that for a number when
-it looks for old checkpoints (``cleanup_old_non_persistent_checkpoint``).
+The names of partial and old folders do not begin with ``iter_``, because Megatron takes what follows that
+prefix for a number when it looks for old checkpoints (``cleanup_old_non_persistent_checkpoint``).
 """
 
 import contextlib
@@ -35,49 +35,52 @@ _PARTIAL, _OLD = "partial-", "old-"
 
 
 class FolderError(ValueError):
-    """A folder of checkpoints that cannot be used as it is; the message says the way out."""
+    """Reports a folder of checkpoints that cannot be used as it is; the message says the way out."""
 
 
 def partial_of(folder: Path) -> Path:
-    """Where the checkpoint ``folder`` is written."""
+    """Return the folder that the checkpoint ``folder`` is written into before it is complete."""
     return folder.with_name(_PARTIAL + folder.name)
 
 
 def old_of(folder: Path) -> Path:
-    """Where an older checkpoint of the same iteration waits until ``folder`` is complete."""
+    """Return where an older checkpoint of the same iteration is kept until ``folder`` is complete."""
     return folder.with_name(_OLD + folder.name)
 
 
 def iteration_folder(root: Path, iteration: int) -> Path:
-    """The checkpoint of an iteration, by Megatron's rule."""
+    """Return the folder of an iteration's checkpoint, by Megatron's rule."""
     return root / f"iter_{iteration:07d}"
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether Megatron gives a checkpoint this name, rather than a folder inside one."""
+    """Return whether Megatron gives this name to a checkpoint, rather than to a folder inside one."""
     return name == "release" or re.fullmatch(r"iter_\d{7,}", name) is not None
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether all of a torch_dist checkpoint was written; what became of its files since is not asked.
+    """Return whether all of a torch_dist checkpoint was written.
 
-    A manifest is the last file that goes into a folder. Megatron without this package writes none;
-    its last one is ``metadata.json``.
+    Later damage to its files is not looked for. The manifest is the last file that is written into a
+    folder. Megatron without this package writes no manifest; its last file is ``metadata.json``.
     """
     return (folder / MANIFEST).is_file() or all((folder / name).is_file() for name in _METADATA)
 
 
 def is_usable(folder: Path) -> bool:
-    """Whether it is complete, or written with ``--ckpt-format torch``, which leaves no mark of that."""
+    """Return whether a checkpoint is complete, as far as its format shows that.
+
+    A checkpoint of ``--ckpt-format torch`` always counts: that format has no mark of completeness.
+    """
     return is_complete(folder) or next(folder.glob("mp_rank_*"), None) is not None
 
 
 def complete_iterations(root: Path, counts: Callable[[Path], bool] = is_complete) -> list[int]:
-    """Iterations of all complete torch_dist checkpoints, oldest first.
+    """Return the iterations of all complete torch_dist checkpoints, oldest first.
 
     Args:
         root: the folder of checkpoints.
-        counts: another rule than ``is_complete``.
+        counts: returns whether a checkpoint counts as complete.
     """
     found = [p for p in root.glob("iter_*") if is_checkpoint_name(p.name) and counts(p)]
     return sorted(int(p.name.removeprefix("iter_")) for p in found)
@@ -87,10 +90,10 @@ def complete_iterations(root: Path, counts: Callable[[Path], bool] = is_complete
 
 
 def start_partial(folder: Path, sweep: bool) -> None:
-    """Make an empty folder to write the checkpoint ``folder`` into: ``partial_of(folder)``.
+    """Make the empty folder ``partial_of(folder)``, to write the checkpoint ``folder`` into.
 
     Args:
-        folder: what it will be.
+        folder: the checkpoint's final folder.
         sweep: also remove what earlier runs left of other checkpoints.
     """
     if sweep:
@@ -102,7 +105,7 @@ def start_partial(folder: Path, sweep: bool) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """Remove partial folders, and old ones whose successor is complete."""
+    """Remove partial folders, and old folders whose successor is complete."""
     for left in root.glob(f"{_PARTIAL}*"):
         shutil.rmtree(left)
     for left in root.glob(f"{_OLD}*"):
@@ -111,16 +114,16 @@ def _sweep(root: Path) -> None:
 
 
 def publish(folder: Path) -> None:
-    """Make the complete partial folder of ``folder`` the checkpoint.
+    """Rename the partial folder of ``folder``, which is complete, to ``folder``.
 
-    At every moment there is a complete checkpoint of the iteration if there was one before.
+    If there was a complete checkpoint of the iteration before, there is one at every moment.
     """
     old = old_of(folder)
     if is_usable(folder):
-        if old.exists():  # a run ended before it had removed it
+        if old.exists():  # an earlier run ended before it had removed the folder
             _remove(old)
         os.rename(folder, old)
-    elif folder.exists():  # Megatron makes it, empty
+    elif folder.exists():  # Megatron makes an empty folder
         _remove(folder)
     os.rename(partial_of(folder), folder)
     sync_folder(folder.parent)
@@ -129,7 +132,7 @@ def publish(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, or the link by which somebody has put it elsewhere."""
+    """Remove a folder, or only the symbolic link to one that somebody has put elsewhere."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -138,7 +141,7 @@ def _remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
-    """A file to write; it takes the place of ``path`` when the block ends, all at once."""
+    """Yield a file to write, which replaces ``path`` atomically when the block ends."""
     fresh = path.with_name(path.name + ".tmp")
     with fresh.open("w") as file:
         yield file
@@ -148,13 +151,13 @@ def replacing(path: Path) -> Iterator[IO[str]]:
 
 
 def sync_file(file: IO[str]) -> None:
-    """Return when what was written is on the disk."""
+    """Write out what the file's buffers hold, and return when it is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when the names in ``folder`` are on the disk; a rename is not before that."""
+    """Return when the names in ``folder`` are on the disk; a rename is not durable before that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -167,12 +170,12 @@ def sync_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Damage:
-    """What ``mend`` has to do.
+    """Describes what ``mend`` has to repair.
 
     Attributes:
-        taken_away: checkpoints whose ``old_of`` is to come back.
-        iteration: what the tracker is to say, or None if it is right.
-        found: what was found, in words.
+        taken_away: checkpoints that ``mend`` restores from their ``old_of``.
+        iteration: iteration that the tracker has to name, or None if the tracker is right.
+        found: the damage in words.
     """
 
     taken_away: tuple[Path, ...]
@@ -181,20 +184,20 @@ class Damage:
 
     @property
     def line(self) -> str:
-        """What was found and what is done about it."""
+        """The damage and its repair, in one line."""
         if self.iteration is None:
             return self.found
         return f"{self.found}; it now names iteration {self.iteration}, the newest complete checkpoint"
 
 
 def find_damage(root: Path) -> Damage | None:
-    """What a run that ended half-way left in a folder of torch_dist checkpoints. Changes nothing.
+    """Return what a run that ended half-way left to repair in a folder of checkpoints, else None.
 
-    A tracker that names a complete checkpoint is right, also where a newer one is there: somebody may
-    have gone back on purpose.
+    It changes nothing, and looks for torch_dist checkpoints. A tracker that names a complete checkpoint is
+    right, even where a newer one is there: somebody may have gone back on purpose.
 
     Raises:
-        FolderError: the tracker is of no use, and no complete checkpoint is there.
+        FolderError: the tracker names no usable checkpoint, and no complete checkpoint is there.
     """
     names = [p.name.removeprefix(_OLD) for p in root.glob(f"{_OLD}*") if is_usable(p)]
     taken_away = tuple(root / name for name in sorted(names) if not is_usable(root / name))
@@ -219,7 +222,7 @@ def find_damage(root: Path) -> Damage | None:
 
 
 def _wrong_tracker(root: Path, taken_away: tuple[Path, ...]) -> str | None:
-    """What is wrong with the tracker, in words that follow its name."""
+    """Return what is wrong with the tracker, in words that follow its name, or None."""
     try:
         text = (root / TRACKER).read_text().strip()
     except FileNotFoundError:
@@ -235,7 +238,7 @@ def _wrong_tracker(root: Path, taken_away: tuple[Path, ...]) -> str | None:
 
 
 def mend(root: Path, damage: Damage) -> None:
-    """Do what ``find_damage`` found; a run that is killed in here leaves what it finds again."""
+    """Repair what ``find_damage`` returned; after an interruption ``find_damage`` finds the rest again."""
     for folder in damage.taken_away:
         if folder.exists():  # not complete
             _remove(folder)

@@ -1,6 +1,6 @@
-"""Hooks where Megatron loads: folders are mended first, damage is found, and all ranks end together.
+"""Hooks into Megatron's loading: they repair folders, find damaged checkpoints, and end all ranks together.
 
-They serve every optimizer. Folders in object stores (``--enable-msc``) are left alone.
+They serve every optimizer. They leave folders in object stores (``--enable-msc``) as they are.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from sso_megatron.mcore.compat import private_api
 
 @dataclass
 class _Loading:
-    """What the load that is under way has found.
+    """Holds what the hooks know about the load in progress.
 
     Attributes:
-        optimizer: that gets the state; None also while only arguments are read.
+        optimizer: optimizer that gets the state; None also while only arguments are read.
         verified: checkpoints whose files have been hashed.
-        saved: the arguments that checkpoints were saved with.
-        roots: where checkpoints are looked for; after the first, non-persistent ones.
+        saved: the arguments that each checkpoint was saved with.
+        roots: folders in which checkpoints are looked for; after the first, those of non-persistent ones.
     """
 
     optimizer: Any = None
@@ -57,7 +57,7 @@ def install() -> None:
         ("_load_global_dist_base_checkpoint", _if_it_fits),
     ):
         private_api.wrap(f"megatron.training.checkpointing:{name}", wrapper)
-    # The training loop has a name of its own for it.
+    # The training loop has imported the function under a name of its own.
     load_checkpoint = private_api.existing("megatron.training.checkpointing:load_checkpoint")
     private_api.replace("megatron.training.training:load_checkpoint", load_checkpoint)
     verify = "megatron.core.dist_checkpointing.serialization:verify_integrity_manifest"
@@ -66,7 +66,10 @@ def install() -> None:
 
 def _all_or_none(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_checkpoint(ddp_model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        """Collectives, beside Megatron's and those of the hooks below: a barrier at the end."""
+        """Load a checkpoint as Megatron does, and end all ranks if one of them fails.
+
+        Collectives: Megatron's, those of the hooks below, and a barrier at the end.
+        """
         _loading.optimizer = optimizer
         try:
             with exit_together(_describe):
@@ -87,7 +90,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _once_mended(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Else a lost tracker would send Megatron to ``--pretrained-checkpoint``."""
+    """Repair the folder first: a lost tracker would send Megatron to ``--pretrained-checkpoint``."""
 
     def checkpoint_exists(checkpoints_path: Any) -> Any:
         from megatron.training import get_args
@@ -102,7 +105,10 @@ def _once_mended(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _from_mended_folder(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        """Collectives, beside Megatron's: those of ``repair.prepare``."""
+        """Load as Megatron does, from folders that have been repaired.
+
+        Collectives: Megatron's and those of ``repair.prepare``.
+        """
         if load_dir is None or uses_object_store():
             return original(load_dir, args, *rest, **kwargs)
         _loading.roots = repair.roots(Path(load_dir), args)
@@ -114,9 +120,13 @@ def _from_mended_folder(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _unless_it_exits(load: Callable[[], Any], root: Path, args: Any) -> Any:
-    """Megatron ends with exit code 0 on one rank when it cannot read a file of ``--ckpt-format torch``.
+    """Call ``load``, and raise where Megatron exits with code 0 because of a file that it cannot read.
 
-    With ``--exit-on-missing-checkpoint`` it ends so on all ranks, as it was asked to.
+    Megatron does so with ``--ckpt-format torch``, on one rank. Its exit with code 0 on all ranks, which
+    ``--exit-on-missing-checkpoint`` asks for, is passed on.
+
+    Raises:
+        CheckpointError: Megatron cannot read a file of the checkpoint.
     """
     from megatron.training import checkpointing
 
@@ -146,7 +156,10 @@ def _if_it_fits(original: Callable[..., Any]) -> Callable[..., Any]:
         *rest: Any,
         **kwargs: Any,
     ) -> Any:
-        """Collectives, beside Megatron's: a gather of objects over the world for each check."""
+        """Check that the checkpoint is undamaged and fits the run, and load it as Megatron does.
+
+        Collectives: Megatron's, and a gather of objects over the world for each check.
+        """
 
         def load() -> Any:
             return original(load_dir, args, rank0, sharded_state_dict, iteration, release, *rest, **kwargs)
@@ -173,10 +186,13 @@ def _if_it_fits(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _if_its_files_are_sound(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Else a checkpoint that has lost ``metadata.json`` would be taken for one in another format."""
+    """Check files first: without ``metadata.json`` Megatron would take the format for another one."""
 
     def get_checkpoint_format(checkpoint_name: Any, args: Any) -> Any:
-        """Collectives: those of ``_check_files``."""
+        """Return the format of a checkpoint as Megatron does, after a check of its files.
+
+        Collectives: those of ``_check_files``.
+        """
         if not uses_object_store():
             _check_files(Path(checkpoint_name))
         return original(checkpoint_name, args)
@@ -185,10 +201,10 @@ def _if_its_files_are_sound(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_files(folder: Path) -> None:
-    """Compare every file with the manifest, once in a run; all ranks share the work.
+    """Compare every file with the manifest, once in a run, and end all ranks if one is damaged.
 
-    Where arguments are read from a checkpoint there is no process group, and each rank would have to read
-    all: there only ``.metadata`` is read, and it is seen to that no other file is missing.
+    The ranks share the work. While arguments are read from a checkpoint there is no process group, and each
+    rank would have to read all files: then only ``.metadata`` is compared, and the others must exist.
 
     Collectives: one gather of objects over the world.
     """
@@ -207,7 +223,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _way_out(folder: Path) -> str:
-    """What helps against a damaged checkpoint."""
+    """Return what a user can do about a damaged checkpoint, as the end of a message."""
     if folder.parent in _loading.roots[1:]:  # Megatron takes a non-persistent one if it is the newest
         return "remove it to load the last persistent checkpoint"
     iteration = int(folder.name.removeprefix("iter_")) if folder.name != "release" else 0
@@ -221,11 +237,17 @@ def _way_out(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _naming_the_file(folder: Path) -> Iterator[None]:
-    """What Megatron raises while it reads the common state does not say which file is at fault."""
+    """Run a block that reads the common state, and name the damaged file where Megatron's error does not.
+
+    It issues no collectives. Without a process group an error ends this rank.
+
+    Raises:
+        CheckpointError: the block raised, and there is a process group.
+    """
     try:
         yield
     except ERRORS as error:  # torch raises anything on bytes that it cannot read
-        # What was verified is not at fault, and every rank is here: none of them reads it all again.
+        # Verified files are not at fault, and every rank comes here: none should read all files again.
         damage = manifest.find_damage(folder, reads=False)
         text = damage or f"{folder} cannot be read ({cause_of(error)})"
         problem = CheckpointError(f"{text}; {_way_out(folder)}")
@@ -237,7 +259,7 @@ def _naming_the_file(folder: Path) -> Iterator[None]:
 
 
 def _check_contents(folder: Path, wanted: Any, args: Any) -> None:
-    """Drop what is optional and missing, and refuse what is missing or of another shape.
+    """Drop optional entries that are missing, and end all ranks if others are missing or of another shape.
 
     Collectives: one gather of objects over the world.
     """
@@ -255,7 +277,7 @@ def _check_contents(folder: Path, wanted: Any, args: Any) -> None:
 
 
 def _unless_verified(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``--verify-integrity`` would hash all files again, on one rank."""
+    """Skip verified checkpoints: ``--verify-integrity`` would hash all files again, on one rank."""
 
     def verify_integrity_manifest(checkpoint_dir: Any) -> None:
         if Path(checkpoint_dir) not in _loading.verified:

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: the SHA-256 of each of its files, in Megatron's ``integrity.json``.
+"""Writes and checks a checkpoint's manifest: the SHA-256 of each file, in Megatron's ``integrity.json``.
 
-Megatron writes it on demand (``--verify-integrity``) and on one rank. Here it is always written, since it
-says that a checkpoint is complete, and all ranks share the hashing.
+Megatron writes the manifest on demand (``--verify-integrity``) and on one rank. Here it is always written,
+since it marks a checkpoint as complete, and all ranks share the hashing.
 """
 
 import hashlib
@@ -16,30 +16,30 @@ from sso_megatron.mcore.checkpoint.collective_exit import on_first_rank
 from sso_megatron.mcore.checkpoint.folders import MANIFEST, sync_file, sync_folder
 
 _ALGORITHM = "sha256"
-"""The one that Megatron 0.19 knows (``validation._HASH_ALGORITHM``)."""
+"""The only hash that Megatron 0.19 knows (``validation._HASH_ALGORITHM``)."""
 
 
 def write(folder: Path) -> None:
     """Hash every file of a checkpoint and write the manifest, durably.
 
-    On the disk are then all files. Megatron's writer and torch's have synced the tensors and ``.metadata``
-    already; left are ``metadata.json``, the manifest and the names. Without this, a power failure could
-    leave the rename that follows and not what was renamed.
+    Afterwards all files are on the disk. Megatron's writer and torch's have synced the tensors and
+    ``.metadata`` before; this function syncs ``metadata.json``, the manifest and the names. Otherwise a
+    power failure could keep the rename that follows and lose what was renamed.
 
     Collectives: a gather of objects over the world, and a broadcast of one.
 
     Raises:
-        OSError: on every rank, if one could not read its share, or the first could not write.
+        OSError: a rank could not read its share, or the first rank could not write; every rank raises it.
     """
     size = dist.get_world_size()
     hashes: dict[str, str] = {}
     error = None
     try:
-        # Each rank asks for its own files: a network's file system may not show them to the others yet.
+        # Each rank lists its own files: a network file system may not show them to the other ranks yet.
         names = (p.name for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
         mine = [name for name in names if _writer(name, size) == dist.get_rank()]
         hashes = {name: _hash(folder / name) for name in mine}
-    except OSError as failure:  # raised below, on all ranks: the others would wait for this one
+    except OSError as failure:  # raised below on all ranks: here the others would wait for this one
         error = str(failure)
     parts: list[Any] = [None] * size
     dist.all_gather_object(parts, (hashes, error))
@@ -51,7 +51,7 @@ def write(folder: Path) -> None:
 
 
 def _writer(name: str, size: int) -> int:
-    """The rank that wrote a file: its node has it in memory. What belongs to no rank is the first one's."""
+    """Return the rank that wrote a file, whose node has it in memory; rank 0 for files of no rank."""
     match = re.match(r"__(\d+)_", name)
     return int(match[1]) % size if match else 0
 
@@ -71,23 +71,23 @@ def _write(folder: Path, hashes: dict[str, str]) -> None:
 
 
 def find_damage(folder: Path, rank: int = 0, size: int = 1, reads: bool = True) -> str | None:
-    """The first damaged file in a rank's share of a checkpoint, in words; None without a manifest.
+    """Return in words the first damaged file in a rank's share of a checkpoint, or None.
 
-    Not a collective.
+    Without a manifest nothing is checked. No collectives.
 
     Args:
         folder: the checkpoint.
-        rank: this one's number among those that share the work.
-        size: how many share it.
-        reads: read each file once and compare its hash; else do so with ``.metadata``, which is small,
-            and see whether the others are there.
+        rank: this rank's number among the ranks that share the work.
+        size: number of ranks that share the work.
+        reads: read each file once and compare its hash; otherwise compare only ``.metadata``, which is
+            small, and check that the other files exist.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         algorithm, hashes = manifest["algorithm"], sorted(manifest["files"].items())
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, or not what it should hold
+    except (ValueError, KeyError, TypeError, AttributeError):  # not JSON, or without the expected fields
         return f"{folder / MANIFEST} is damaged: it is no manifest"
     if algorithm != _ALGORITHM:
         return f"{folder / MANIFEST} is damaged: it names the algorithm {algorithm!r}, not {_ALGORITHM!r}"

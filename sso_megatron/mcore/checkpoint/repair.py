@@ -1,4 +1,4 @@
-"""Puts a folder of checkpoints in order before Megatron's first look at it, with all ranks agreeing."""
+"""Repairs a folder of checkpoints before Megatron looks at it, with the same outcome on all ranks."""
 
 import os
 import time
@@ -11,15 +11,15 @@ from sso_megatron.mcore.checkpoint import folders
 from sso_megatron.mcore.checkpoint.collective_exit import check_together
 
 _PATIENCE_SECONDS = 30.0
-"""How long a rank waits for the first one to mend a folder, where no process group exists yet."""
+"""How long a rank waits for the first rank to repair a folder, where no process group exists yet."""
 
 
 FORMATS = ("torch", "torch_dist")
-"""Values of ``--ckpt-format`` whose checkpoints ``folders`` knows when it sees them."""
+"""Values of ``--ckpt-format`` whose checkpoints ``folders`` recognises."""
 
 
 def prepare(load_dir: Path, args: Any) -> None:
-    """Mend every folder that a load may look at, and refuse a ``--ckpt-step`` that cannot be loaded.
+    """Repair every folder that a load may look at, and refuse a ``--ckpt-step`` that cannot be loaded.
 
     Collectives: those of ``mend`` for each folder, and one gather of objects over the world.
 
@@ -33,17 +33,19 @@ def prepare(load_dir: Path, args: Any) -> None:
 
 
 def roots(load_dir: Path, args: Any) -> list[Path]:
-    """Where a load may look for checkpoints: ``load_dir``, then the folder of non-persistent ones."""
+    """Return the folders that a load may look at: ``load_dir``, then that of non-persistent checkpoints."""
     if args.non_persistent_ckpt_type != "global":
         return [load_dir]
     return [load_dir, Path(args.non_persistent_global_ckpt_dir or load_dir / "non_persistent")]
 
 
 def mend(root: Path) -> None:
-    """Have the first rank put a folder of checkpoints in order, and say so in one line.
+    """Have the first rank repair a folder of checkpoints, and print one line if there was damage.
 
-    Collectives: a broadcast of objects over the world; without a process group, as when arguments are read
-    from a checkpoint, the others watch the folder.
+    All ranks end if the folder cannot be repaired.
+
+    Collectives: a broadcast and a gather of objects over the world. Without a process group, as when
+    arguments are read from a checkpoint, the other ranks watch the folder instead.
     """
     outcome: list[str | None] = [None]
     if not dist.is_initialized():
@@ -57,7 +59,7 @@ def mend(root: Path) -> None:
 
 
 def _mend_here(root: Path) -> str | None:
-    """What is wrong and cannot be mended."""
+    """Repair a folder in this process; return what is wrong and cannot be repaired, or None."""
     try:
         damage = folders.find_damage(root)
         if damage is not None:
@@ -85,10 +87,10 @@ def _wait_until_mended(root: Path) -> str | None:
 
 
 def _wrong_step(root: Path, args: Any) -> str | None:
-    """Whether ``--ckpt-step`` names what cannot be loaded; another one is never taken instead."""
+    """Return what is wrong with ``--ckpt-step``, or None; another iteration is never loaded instead."""
     if not args.ckpt_step:
         return None
-    for other in roots(root, args)[1:]:  # Megatron takes the newest of these unless it is older
+    for other in roots(root, args)[1:]:  # Megatron loads the newest of these unless it is older
         newest = max(folders.complete_iterations(other), default=-1)
         if newest >= args.ckpt_step:
             return (

@@ -1,7 +1,7 @@
-"""Hooks where Megatron saves: into a partial folder, with a manifest, and a tracker that is replaced.
+"""Hooks into Megatron's saving: they save to a partial folder, add a manifest, and replace the tracker.
 
-They serve every optimizer. Left alone are folders in object stores (``--enable-msc``), which cannot be
-renamed, and formats other than torch_dist, whose tracker alone is replaced.
+They serve every optimizer. They do not change saving to object stores (``--enable-msc``), whose folders
+cannot be renamed. For formats other than torch_dist they only replace the tracker.
 """
 
 import socket
@@ -21,19 +21,19 @@ def install() -> None:
         UnsupportedError: this Megatron-Core lacks one of the functions.
     """
     private_api.wrap("megatron.core.dist_checkpointing:save", _into_partial_folder)
-    # A function that other files are opened with, too; only the tracker is treated in another way.
+    # Megatron opens other files with this function, too; only the tracker is opened in another way.
     private_api.wrap(private_api.tracker_opener(), _with_tracker_replaced)
 
 
 def uses_object_store() -> bool:
-    """Whether Megatron's paths may be addresses in an object store."""
+    """Return whether Megatron's paths may be addresses in an object store."""
     from megatron.core.msc_utils import MultiStorageClientFeature
 
     return bool(MultiStorageClientFeature.is_enabled())
 
 
 _swept: set[Path] = set()
-"""Folders of checkpoints that this run has saved into, hence cleaned of what earlier ones left."""
+"""Folders of checkpoints that this run has saved into, hence cleaned of what earlier runs left."""
 
 
 def _into_partial_folder(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,10 +44,10 @@ def _into_partial_folder(original: Callable[..., Any]) -> Callable[..., Any]:
         verify_integrity: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Save as Megatron does, so that the folder is there only when it is complete.
+        """Save as Megatron does, but so that the folder exists only when it is complete.
 
-        Collectives, beside Megatron's: a broadcast and a gather of objects before, and those of
-        ``_finish``; in an asynchronous save the latter when it is finalised.
+        Collectives: Megatron's, before them a broadcast and a gather of objects, and after them those of
+        ``_finish``, which an asynchronous save issues when it is finalised.
         """
         folder = Path(checkpoint_dir)
         if uses_object_store() or not folders.is_checkpoint_name(folder.name):
@@ -58,11 +58,11 @@ def _into_partial_folder(original: Callable[..., Any]) -> Callable[..., Any]:
         on_first_rank(lambda: folders.start_partial(folder, sweep))
         _swept.add(folder.parent)
         check_together(lambda: None if partial.is_dir() else _not_shared(folder))
-        # Without verify_integrity: the manifest is written anyway, and by all ranks.
+        # verify_integrity is not passed on: the manifest is written anyway, and by all ranks.
         request = original(sharded_state_dict, str(partial), *args, **kwargs)
         if request is None:
             _finish(folder)
-        else:  # Megatron adds what writes the tracker after this
+        else:  # Megatron later adds the function that writes the tracker
             request.finalize_fns.append(lambda: _finish(folder))
         return request
 
@@ -70,9 +70,9 @@ def _into_partial_folder(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _finish(folder: Path) -> None:
-    """Write the manifest of a partial folder and make it the checkpoint.
+    """Write the manifest of a partial folder and rename it to the checkpoint's final name.
 
-    Collectives: those of ``manifest.write`` and a broadcast, after which the folder is there.
+    Collectives: those of ``manifest.write`` and a broadcast, after which the folder exists.
     """
     manifest.write(folders.partial_of(folder))
     on_first_rank(lambda: folders.publish(folder))
@@ -86,7 +86,7 @@ def _not_shared(folder: Path) -> str:
 
 
 def _with_tracker_replaced(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron empties the tracker and then writes it; a run killed between would leave it empty."""
+    """Replace the tracker atomically: Megatron empties it first, and a run killed then leaves it empty."""
 
     def open_file(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         is_tracker = Path(path).name == folders.TRACKER

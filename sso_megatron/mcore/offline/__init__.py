@@ -1,1 +1,1 @@
-"""Checkpoints outside of a run: as one model in one process, exported, or as singular values."""
+"""Reads checkpoints outside of a run: as one model in one process, for export, or for singular values."""

@@ -1,9 +1,9 @@
-"""A checkpoint's weights on their spheres, written for evaluation.
+"""Exports a checkpoint for evaluation, with its weights on their spheres.
 
 A step retracts a weight before it updates it, so the weights in a checkpoint are off their spheres by one
-update. Here every logical matrix is scaled to the radius that the run's own settings give it, in float64;
-what is written in float32 is then on its sphere to about 1e-8, relative, and what is written in bfloat16
-to some 1e-4: rounding moves an entry by up to 2^-9, the norm of a matrix by less.
+update. Here every logical matrix is scaled in float64 to the radius that the run's own settings give it.
+A matrix written in float32 is then on its sphere to about 1e-8, relative, and one written in bfloat16 to
+some 1e-4: rounding moves an entry by up to 2^-9, the norm of a matrix by less.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from sso_megatron.optimizers.config import SSOConfig
 
 @dataclass(frozen=True)
 class ExportedMatrix:
-    """A logical matrix of the model in this process, whole.
+    """Describes a logical matrix of the model, which this process holds whole.
 
     Attributes:
         name: global name, the same for every way to store experts.
-        param: the parameter it is part of.
-        split: which rows of it.
-        radius: spectral norm that it was given.
-        norm: spectral norm that it had in the checkpoint.
+        param: the parameter that holds the matrix.
+        split: the matrix's rows in ``param``.
+        radius: spectral norm that the matrix was scaled to.
+        norm: spectral norm that the matrix had in the checkpoint.
     """
 
     name: str
@@ -52,14 +52,14 @@ def retract_(chunks: list[Any], checkpoint: Checkpoint) -> list[ExportedMatrix]:
     """Scale every logical matrix of the model to its radius, in place.
 
     Returns:
-        The matrices; every other parameter is left as it is.
+        The matrices; no other parameter is changed.
 
     Raises:
-        ValueError: a matrix of norm 0 or not finite, or one whose radius the checkpoint lacks.
+        ValueError: a matrix's norm is 0 or not finite, or the checkpoint lacks its radius.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    # Weights are loaded: mup_init would draw them anew.
+    # Weights are loaded: mup_init would draw them again.
     shared = dataclasses.replace(checkpoint.shared, mup_init=False)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     radius_of = _radii(checkpoint)
@@ -77,7 +77,7 @@ def retract_(chunks: list[Any], checkpoint: Checkpoint) -> list[ExportedMatrix]:
 
 
 def _radii(checkpoint: Checkpoint) -> Callable[[str, Split], float]:
-    """A function from a matrix's name and rows to its radius."""
+    """Return a function from a matrix's name and split to its radius."""
     sso: SSOConfig = checkpoint.config
     if sso.radius_mode != "from_weights":
         return lambda name, split: target_radius(split.shape, sso.radius_mode, sso.radius_scaler)
@@ -95,7 +95,7 @@ def _radii(checkpoint: Checkpoint) -> Callable[[str, Split], float]:
 
 
 def stored_radii(folder: Path) -> dict[str, float]:
-    """Radii that the optimizer keeps in a checkpoint, by the name of the logical matrix."""
+    """Return the radii in a checkpoint's optimizer state, by the name of the logical matrix."""
     from torch.distributed.checkpoint import FileSystemReader, load
 
     keys = sorted(key for key in stored_contents(folder) if key.startswith(OPTIONAL_STATE))
@@ -108,7 +108,7 @@ def stored_radii(folder: Path) -> dict[str, float]:
             value.seek(0)
             value = torch.load(value, weights_only=True)
         (state,) = value  # Megatron wraps the object of each shard in a list
-        # After the name: which shard of how many, of which there is one.
+        # The name is followed by the shard's number and their count; there is one shard.
         name = key.removeprefix(OPTIONAL_STATE).rpartition("/shard_")[0]
         if "radius" in state:
             radii[name] = float(state["radius"])
@@ -116,7 +116,7 @@ def stored_radii(folder: Path) -> dict[str, float]:
 
 
 def named_tensors(chunks: list[Any], matrices: list[ExportedMatrix]) -> Iterator[tuple[str, Tensor]]:
-    """Every logical matrix and every other weight or buffer of the model, by global name."""
+    """Yield global name and tensor of every logical matrix and every other weight or buffer."""
     held: dict[int, list[ExportedMatrix]] = {}
     for matrix in matrices:
         held.setdefault(id(matrix.param), []).append(matrix)
@@ -131,13 +131,13 @@ def named_tensors(chunks: list[Any], matrices: list[ExportedMatrix]) -> Iterator
 
 
 def write_checkpoint(chunks: list[Any], checkpoint: Checkpoint, root: Path, dtype: torch.dtype) -> None:
-    """A torch_dist checkpoint of the model alone that Megatron loads in any layout.
+    """Write a torch_dist checkpoint of the model alone, which Megatron loads in any layout.
 
     Args:
-        chunks: the model; its parameters become ``dtype``.
-        checkpoint: gives the arguments and the iteration that are stored.
+        chunks: the model; its parameters are converted to ``dtype`` in place.
+        checkpoint: source of the arguments and the iteration that are stored.
         root: an empty folder.
-        dtype: of the parameters; buffers keep theirs.
+        dtype: dtype of the parameters; buffers keep their own.
     """
     from megatron.core import dist_checkpointing
     from megatron.training import get_args

@@ -1,9 +1,9 @@
-"""A checkpoint of any parallel layout as one whole model in this process.
+"""Loads a checkpoint of any parallel layout as one whole model in this process.
 
-Megatron's own loader puts it together. Weights are read in float32. Where the run was trained in bfloat16
-with its optimizer saved, the float32 master weights are read in place of their bfloat16 copies: the
-optimizer steps on the masters, and the copies are already rounded. Without its state the model's weights
-are read as they are stored.
+Megatron's own loader assembles the model. Weights are read in float32. Where the run was trained in
+bfloat16 and saved its optimizer, the float32 master weights are read in place of their bfloat16 copies: the
+optimizer steps on the masters, and the copies are already rounded. Without optimizer state the model's
+weights are read as they are stored.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from sso_megatron.mcore.rehearsal import rehearsal
 from sso_megatron.optimizers.config import SpectralConfig
 
 _WITH_SPHERES = " and ".join(name for name, spec in OPTIMIZERS.items() if spec.has_spheres)
-# What says which matrices there are and how large their spheres: never taken from our defaults.
+# Arguments that determine the matrices and the radii of their spheres; no default may take their place.
 _DECISIVE = (
     *("optimizer", "sso_radius_mode", "sso_radius_scaler"),
     *("spectral_qkv_split", "spectral_mlp_split", "spectral_exclude", "spectral_tp_mode"),
 )
 
-# Arguments of a run that go back to Megatron's defaults, which describe one rank and no side effects.
-# None of them changes which weights there are: nothing is computed with the model.
+# Arguments of a run that are reset to Megatron's defaults, which describe one rank and no side effects.
+# None of them changes which weights the model has, and nothing is computed with the model.
 _SPREAD = (
     *("tensor_model_parallel_size", "tensor_parallel_num_weight_shards", "gtp_weight_remat_size"),
     *("expert_tensor_parallel_num_weight_shards", "expert_gtp_weight_remat_size"),
@@ -74,15 +74,15 @@ _LOADING = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A torch_dist checkpoint of a run.
+    """Describes a torch_dist checkpoint of a run.
 
     Attributes:
-        folder: that of one iteration.
-        iteration: of the training.
+        folder: the folder of one iteration.
+        iteration: iteration of the training.
         args: Megatron's validated arguments of the run.
-        config: settings of its optimizer; None for one of Megatron's.
+        config: settings of the run's optimizer; None for one of Megatron's optimizers.
         shared: settings that all spectral optimizers share.
-        common: what else was stored beside the tensors.
+        common: entries that Megatron stored beside the tensors.
     """
 
     folder: Path
@@ -95,10 +95,11 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this process is the only rank and knows Megatron, whatever started it.
+    """Run a block in which this process is the only rank and can use Megatron, whatever started it.
 
-    What Megatron and torch say is hidden: it is about training. What goes wrong is raised. At the end
-    process groups and Megatron's global state are gone, so that it can be entered again.
+    Output and warnings of Megatron and torch are hidden, because they are about training; errors are
+    raised. At the end process groups and Megatron's global state are removed, so that another block can
+    follow.
     """
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     logging.disable(logging.WARNING)
@@ -125,14 +126,14 @@ def _forget_megatron() -> None:
 
 
 def find_checkpoint(root: Path, step: int | None = None) -> Path:
-    """The folder of one iteration; reads no tensors.
+    """Return the folder of one iteration's checkpoint, without reading tensors.
 
     Args:
-        root: what ``--save`` named.
+        root: folder that the run's ``--save`` named.
         step: the iteration; None for the last one.
 
     Raises:
-        ValueError: no such checkpoint, or one that is not of the torch_dist format.
+        ValueError: there is no such checkpoint, or it is incomplete or not of the torch_dist format.
     """
     tracker = root / TRACKER
     steps = sorted(int(path.name[5:]) for path in root.glob("iter_*") if path.name[5:].isdigit())
@@ -168,7 +169,7 @@ def _listed(steps: list[int]) -> str:
 
 
 def find_checkpoints(root: Path) -> list[Path]:
-    """The folders of all iterations that are complete, or that of the last one alone; reads no tensors.
+    """Return the folders of all complete iterations and the last checkpoint, without reading tensors.
 
     Raises:
         ValueError: see ``find_checkpoint``.
@@ -179,15 +180,15 @@ def find_checkpoints(root: Path) -> list[Path]:
 
 
 def read_checkpoint(folder: Path, *, needs_spheres: bool = True) -> Checkpoint:
-    """Arguments and settings of a checkpoint; ``mcore.enter`` must have been called. No collective.
+    """Return arguments and settings of a checkpoint; ``entry.enter`` must have been called. No collectives.
 
     Args:
-        folder: of one iteration.
-        needs_spheres: take only a run that held its weights on spheres, and says on which.
+        folder: the folder of one iteration.
+        needs_spheres: accept only a run that held its weights on spheres and stored which spheres.
 
     Raises:
-        ValueError: it holds no arguments; or, if needed, it was not trained on spheres, or on spheres that
-            depend on its layout.
+        ValueError: the checkpoint has no arguments; or, with ``needs_spheres``, its weights were not on
+            spheres, or on spheres that are unknown or depend on the layout.
     """
     from megatron.core.dist_checkpointing import load_common_state_dict
 
@@ -227,7 +228,7 @@ def _check_spheres(folder: Path, stored: argparse.Namespace) -> None:
 
 
 def _default_arguments() -> argparse.Namespace:
-    """What Megatron makes of an empty command line."""
+    """Return the arguments that Megatron parses from an empty command line."""
     from megatron.training import arguments
 
     given, sys.argv = sys.argv, sys.argv[:1]
@@ -238,10 +239,13 @@ def _default_arguments() -> argparse.Namespace:
 
 
 def load_model(checkpoint: Checkpoint) -> list[Any]:
-    """The checkpoint's model, whole and in float32, on this process alone.
+    """Build the checkpoint's model, whole and in float32, in this process alone, and load its weights.
 
-    It makes the process group of one rank that Megatron needs, in this process, with neither a port nor
-    an environment variable.
+    The process group of one rank that Megatron needs is made in this process, with neither a port nor an
+    environment variable.
+
+    Returns:
+        The model's chunks.
 
     Raises:
         ValueError: this machine cannot build such a model.
@@ -264,7 +268,7 @@ def load_model(checkpoint: Checkpoint) -> list[Any]:
 
 
 def load_weights_(chunks: list[Any], checkpoint: Checkpoint) -> None:
-    """Put the weights of another checkpoint of the same run into ``load_model``'s model, in place."""
+    """Load a checkpoint of the same run, in place, into the model that ``load_model`` returned."""
     from megatron.training import get_args
     from megatron.training.checkpointing import load_checkpoint
 
@@ -275,10 +279,10 @@ def load_weights_(chunks: list[Any], checkpoint: Checkpoint) -> None:
 
 
 def _for_one_rank(checkpoint: Checkpoint) -> argparse.Namespace:
-    """Arguments that describe the same model on one rank.
+    """Return arguments that describe the same model on one rank.
 
-    They were validated when the run began, and what validation derives from the layout is set here: it
-    would refuse some of its own results.
+    The stored arguments were validated when the run began. Megatron's validation would refuse some of its
+    own results, so it is not repeated, and the values that it derives from the layout are set here.
     """
     args, defaults = copy.copy(checkpoint.args), _default_arguments()
     for name in (*_SPREAD, *_COMPUTING, *_LOADING):
@@ -297,7 +301,7 @@ def _for_one_rank(checkpoint: Checkpoint) -> argparse.Namespace:
     }
     for name, value in one_rank.items():
         setattr(args, name, value)
-    if args.hybrid_layer_pattern:  # without the borders of pipeline stages
+    if args.hybrid_layer_pattern:  # the pattern without the borders of pipeline stages
         args.hybrid_layer_pattern = args.hybrid_layer_pattern.replace("|", "")
     return args
 
@@ -308,7 +312,7 @@ def _step(folder: Path) -> int | None:
 
 
 def sharding_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How the checkpoint names its tensors."""
+    """Return Megatron's metadata of a sharded state dict, by which a checkpoint's tensors are named."""
     from megatron.core import mpu
     from megatron.core.dist_checkpointing import load_content_metadata
 
@@ -317,7 +321,7 @@ def sharding_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _load_masters(chunk: Any, checkpoint: Checkpoint) -> None:
-    """Put float32 master weights in the place of the rounded ones, where the checkpoint has them."""
+    """Load float32 master weights in place of the rounded weights, where the checkpoint has them."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor

@@ -1,4 +1,4 @@
-"""Singular values of chosen matrices over a run, from its checkpoints."""
+"""Computes singular values of chosen matrices over a run, from its checkpoints."""
 
 import re
 from collections.abc import Iterator
@@ -15,25 +15,26 @@ from sso_megatron.optimizers.config import SpectralConfig
 
 MAX_MATRICES = 16
 MAX_CHECKPOINTS = 10
-"""As many as a picture can show; of more the first, the last and some at equal distances are read."""
+"""A figure can show this many checkpoints; of more, the first, the last and evenly spaced ones are read."""
 
 
 @torch.no_grad()
 def read(root: Path, pattern: re.Pattern[str]) -> dict[str, dict[int, Tensor]]:
-    """Exact singular values of logical matrices, by global name and iteration.
+    """Return exact singular values of logical matrices, by global name and iteration.
 
     Any optimizer's run in any layout is read in this process, one checkpoint at a time. Routed experts
     have the names that they have as modules of their own; embeddings and output layers are matrices, too.
 
     Args:
-        root: what the run's ``--save`` named.
-        pattern: is looked for in the names.
+        root: folder that the run's ``--save`` named.
+        pattern: regular expression that is searched for in the matrices' names.
 
     Returns:
-        Descending float64 values on the CPU, the matrices as the model has them.
+        Float64 singular values on the CPU, in descending order; matrices are in the model's order.
 
     Raises:
-        ValueError: no checkpoints, or of another format; too many matrices, none, or one with NaN.
+        ValueError: no checkpoint, one of another format, too many matrices or none, or a matrix that is not
+            finite.
     """
     folders = _some(loading.find_checkpoints(root))
     found: dict[str, dict[int, Tensor]] = {}

@@ -1,1 +1,1 @@
-"""What ``sso-megatron plan`` finds out, by the code that a run builds its model and optimizer with."""
+"""Plans a run for ``sso-megatron plan``, by the code that the run builds its model and optimizer with."""

@@ -1,4 +1,4 @@
-"""What in a plan may not be wanted; each warning names the flag and the way out."""
+"""Warns of what in a plan may not be wanted; each warning names the flag and the way out."""
 
 from argparse import Namespace
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ from sso_megatron.mcore.plan.records import Matrix, Plan
 from sso_megatron.optimizers.settings import default_of
 
 _FAR = 3.0
-"""Factor beyond which a radius is far from a first norm, and a learning rate from the published ones."""
+"""Ratio beyond which a radius is far from an initial norm, or a learning rate from published ones."""
 
 _UNEVEN = 1.25
-"""Work of the busiest data-parallel rank by the mean, beyond which it is worth a word."""
+"""Work of the busiest data-parallel rank, as a multiple of the mean, beyond which a warning is given."""
 
 _SPHERES = (1e-3, 3e-2, "arXiv 2601.08393, sweep over widths")
 _PUBLISHED_RATES = {
@@ -22,13 +22,13 @@ _PUBLISHED_RATES = {
     "spectra_clip_ademamix": (1e-3, 3e-3, "arXiv 2603.14315"),
     "spectral_adam": (3e-4, 3e-4, "its authors' one run"),
 }
-"""Lowest and highest learning rate, and where; of Spectra (arXiv 2602.11185) none is published."""
+"""Lowest and highest learning rate and their source; none is published for Spectra (arXiv 2602.11185)."""
 
 _ATTENTION = ("q", "k", "v", "attention gate")
 
 
 def warnings_of(plan: Plan, args: Namespace) -> list[str]:
-    """All warnings on a plan that has none yet; ``args`` are Megatron's."""
+    """Return all warnings for a plan that has none yet; ``args`` are Megatron's arguments."""
     found = [*_cut_heads(plan), *_blockwise(plan), *_idle_decay(plan), *_radii(plan), *_rate(plan, args)]
     return [*found, *_repeated(plan), *_uneven(plan), *_workspace(plan)]
 
@@ -93,7 +93,7 @@ def _rate(plan: Plan, args: Namespace) -> Iterator[str]:
     modes = [name for name in ("radius_mode", "scale_mode") if name in plan.settings]
     config_type = OPTIMIZERS[args.optimizer].config_cls
     if any(plan.settings[name] != default_of(config_type, name) for name in modes):
-        return  # the same rate is another step then
+        return  # then the same rate means another step
     low, high, source = _PUBLISHED_RATES.get(args.optimizer, (0.0, float("inf"), ""))
     if args.lr is not None and not low / _FAR <= args.lr <= high * _FAR:
         span = f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -1,4 +1,4 @@
-"""One process in the place of any rank of a run: groups without partners, tensors without memory.
+"""Lets one process take any rank's place in a run, with groups without partners, tensors without memory.
 
 Megatron's own functions build the model and the optimizer that the rank would have, on torch's meta
 device and over torch's fake process groups.
@@ -19,7 +19,7 @@ _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torc
 
 
 class OnMeta(TorchFunctionMode):
-    """Makes every tensor on the meta device, whatever device is asked for; not those of given values."""
+    """Makes tensors on the meta device, whatever device is asked for, except tensors of given values."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -34,14 +34,15 @@ class OnMeta(TorchFunctionMode):
 def as_rank(
     args: Namespace, rank: int, get_embedding_ranks: Callable[[list[int]], list[int]]
 ) -> Iterator[Any]:
-    """Be a rank of the run that ``args`` describe; leaves no process group behind.
+    """Run a block as one rank of the run that ``args`` describe; no process group remains afterwards.
 
-    Collectives move nothing. Of gathered objects every rank is taken to say the same.
+    Collectives move nothing. A gather of objects returns this rank's object for every rank.
 
     Args:
-        args: Megatron's, validated; ``rank`` in it is changed.
-        rank: of ``args.world_size``.
-        get_embedding_ranks: the script's answer to Megatron: ranks of a pipeline with word embeddings.
+        args: Megatron's validated arguments; ``rank``, ``fake_process_group`` and
+            ``use_gloo_process_groups`` are changed.
+        rank: the rank, below ``args.world_size``.
+        get_embedding_ranks: the script's function that returns a pipeline's ranks with word embeddings.
 
     Yields:
         Megatron's process groups.
@@ -51,7 +52,7 @@ def as_rank(
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     args.rank, args.fake_process_group = rank, True
-    args.use_gloo_process_groups = False  # Gloo has no fake
+    args.use_gloo_process_groups = False  # Gloo groups cannot be fake
     initialize = private_api.existing("megatron.training.initialize:_initialize_distributed")
     initialize(get_embedding_ranks, None, None)
     gather = dist.all_gather_object
@@ -71,15 +72,15 @@ def _all_say_the_same(gathered: list[Any], value: Any, group: Any = None) -> Non
 
 
 class Place(NamedTuple):
-    """Where a rank stands in each group.
+    """Holds a rank's place in each of its groups.
 
     Attributes:
-        stage: of the pipeline.
-        tensor: in its tensor-parallel group.
-        data: in its data-parallel group, context parallelism included.
-        expert_tensor: in the tensor-parallel group of the experts.
-        expert_data: in the data-parallel group of the experts.
-        expert: in its expert-parallel group.
+        stage: pipeline stage.
+        tensor: place in the tensor-parallel group.
+        data: place in the data-parallel group, context parallelism included.
+        expert_tensor: place in the tensor-parallel group of the experts.
+        expert_data: place in the data-parallel group of the experts.
+        expert: place in the expert-parallel group.
     """
 
     stage: int
@@ -91,7 +92,7 @@ class Place(NamedTuple):
 
 
 def places(args: Namespace) -> list[Place]:
-    """Every rank's place, in the order of the ranks, from Megatron's own order of groups."""
+    """Return every rank's place, in the order of the ranks, by Megatron's own order of groups."""
     from megatron.core.parallel_state import RankGenerator
 
     order = "tp-cp-ep-dp-pp" if not args.use_tp_pp_dp_mapping else "tp-cp-ep-pp-dp"

@@ -1,4 +1,4 @@
-"""``sso-megatron plan``: the whole model, stage by stage, by the code that a run builds it with."""
+"""Plans the whole model, stage by stage, by the code that a run builds it with."""
 
 import math
 import re
@@ -29,14 +29,16 @@ EmbeddingRanks = Callable[[Namespace, list[int]], list[int]]
 
 
 def make_plan(request: Request, embedding_ranks: EmbeddingRanks) -> Plan:
-    """Build every pipeline stage as one rank of it would, and tell what the optimizer does there.
+    """Build every pipeline stage as one rank of it would, and return what the optimizer does there.
+
+    Megatron's global variables must be set, and no process group may exist.
 
     Args:
-        request: what was read; Megatron's global variables are set, and no group may exist.
-        embedding_ranks: the script's answer to Megatron: ranks of a pipeline that hold word embeddings.
+        request: the flags that were read.
+        embedding_ranks: the script's function that returns the ranks of a pipeline with word embeddings.
 
     Raises:
-        ValueError: what a run would refuse when it builds model and optimizer.
+        ValueError: a run would refuse these flags when it builds model and optimizer.
     """
     from megatron.training.training import num_floating_point_operations
 
@@ -73,7 +75,16 @@ def make_plan(request: Request, embedding_ranks: EmbeddingRanks) -> Plan:
 
 @dataclass(frozen=True)
 class _Survey:
-    """What is kept of a stage: records, and what patterns of ``--spectral-exclude`` may match."""
+    """Holds the results of building one pipeline stage.
+
+    Attributes:
+        parameters: records of the stage's parameters.
+        cuts: records of its cut matrices.
+        workspaces: bytes of temporary memory by shape of a matrix.
+        ranks: loads of its ranks.
+        matched: patterns of ``--spectral-exclude`` that match a parameter of the stage.
+        candidates: names of the parameters that the patterns may match.
+    """
 
     parameters: list[Parameter]
     cuts: list[CutKind]
@@ -97,7 +108,7 @@ def _survey(
     patterns: list[str] = []
 
     def before_wrapping(models: list[Any]) -> list[Any]:
-        # A pattern that matches on another stage alone is no error here; make_plan sees all of them.
+        # A pattern that matches on another stage alone is no error: make_plan checks all stages together.
         candidates.extend(eligible(model_parameters(models, groups), config))
         patterns.extend(s for s in shared.exclude if any(re.search(s, p.name) for p in candidates))
         register(config, replace(shared, exclude=tuple(patterns), mup_init=False))
@@ -148,14 +159,14 @@ def _survey(
 def _noted(
     recipes: list[OptimizerRecipe], optimizer_cls: type, params: Sequence[dict[str, Any]], **settings: Any
 ) -> Any:
-    """An optimizer, after a note of what it is made of: Megatron changes groups in place."""
+    """Return an optimizer, and append its recipe to ``recipes`` first: Megatron changes groups in place."""
     groups = [{**group, "params": list(group["params"])} for group in params]
     recipes.append(OptimizerRecipe(optimizer_cls, groups, settings))
     return optimizer_cls(params, **settings)
 
 
 def _adamw_load(chain: Any, is_mixed: bool) -> Load:
-    """What the first data-parallel rank keeps for AdamW's parameters; others have about as much."""
+    """Return what the first data-parallel rank keeps for AdamW's parameters; others keep about as much."""
     from sso_megatron.mcore.optimizer.megatron_state import state_adapters
     from sso_megatron.optimizers.base import SpectralOptimizer
 
@@ -178,7 +189,7 @@ def _parameters(
     ep_size: int,
     num_local: int,
 ) -> Iterator[Parameter]:
-    """Records of the stage's parameters; experts of other ranks differ by their numbers alone."""
+    """Yield records of the stage's parameters; experts of other ranks differ only in their numbers."""
     spectral = {p.param for p in stage.spectral}
     for p in stage.parameters:
         role, is_spectral = role_of(p), p.param in spectral
@@ -216,21 +227,25 @@ def _matrices(stage: Stage, p: ModelParameter, norms: "_InitialNorms") -> Iterat
 
 
 class _InitialNorms:
-    """Spectral norms to expect of the first weights."""
+    """Estimates the spectral norms of initial weights."""
 
     def __init__(self, args: Namespace, is_loaded: bool) -> None:
-        """Take Megatron's arguments, and whether a checkpoint has the first weights."""
+        """Take Megatron's arguments, and whether the initial weights are loaded from a checkpoint."""
         self._is_loaded = is_loaded
         self._is_mup = args.spectral_mup_init
         self._deviations: dict[int, float] = {}
 
     def of(self, p: ModelParameter, shape: tuple[int, int], radius: float | None) -> float | None:
-        """Of a matrix; independent entries of deviation s have ``s (sqrt(m) + sqrt(n))``."""
+        """Return the spectral norm to expect of a matrix's initial weights; None where they are loaded.
+
+        It is about ``s (sqrt(m) + sqrt(n))`` for an ``m x n`` matrix of independent entries of standard
+        deviation s, and ``radius`` with ``--spectral-mup-init``.
+        """
         if self._is_loaded or self._is_mup:
             return None if self._is_loaded else radius
         fill = initializer_of(p)
         if id(fill) not in self._deviations:
-            # Not by a factory of torch: those make tensors without values here.
+            # No factory of torch is used: under OnMeta factories make tensors without values.
             sample = torch.tensor(0.0).expand(256, 256).clone()
             fill(sample)
             self._deviations[id(fill)] = sample.std().item()

@@ -1,4 +1,4 @@
-"""What ``sso-megatron plan`` finds out, as plain records that JSON can hold."""
+"""Holds the results of ``sso-megatron plan`` as plain records that can be written as JSON."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,17 +8,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Matrix:
-    """A logical matrix.
+    """Describes a logical matrix.
 
     Attributes:
         name: global name.
         kind: ``q``, ``k``, ``v``, ``proj``, ``gate``, ``up``, ``down``, ``router`` and so on.
         shape: global ``(d_out, d_in)``.
-        radius: of its sphere; None without one, or where the first weights give it.
+        radius: radius of its sphere; None without a sphere, or where the initial weights determine it.
         scale: factor between ``lr`` times the direction and the step; None where there is no such factor.
-        initial_norm: spectral norm to expect of the first weights; None where they are loaded.
-        tp_mode: ``local`` where it lies whole on a rank, else how the ranks that it is cut over work on it.
-        tp_rank: the rank of its tensor-parallel group that works on it; None where all do.
+        initial_norm: spectral norm to expect of the initial weights; None where they are loaded.
+        tp_mode: ``local`` where one rank holds it whole, else the mode in which the ranks that it is cut
+            over work on it.
+        tp_rank: the rank of its tensor-parallel group that works on it; None where all ranks do.
     """
 
     name: str
@@ -33,20 +34,21 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A trainable parameter.
+    """Describes a trainable parameter.
 
     Attributes:
         name: global name.
-        stage: of the pipeline.
+        stage: pipeline stage.
         role: ``matrix``, ``vector``, ``embedding``, ``output layer`` and so on.
-        shape: of the whole parameter.
-        stored: of one rank's shard.
-        numel: elements of the whole.
+        shape: shape of the whole parameter.
+        stored: shape of one rank's shard.
+        numel: number of elements of the whole parameter.
         route: ``adamw``, or the spectral optimizer's name.
-        reason: for the route.
+        reason: why the parameter takes this route.
         is_expert: whether the experts' own data-parallel group reduces its gradient.
         is_copy: whether another stage has the same weight.
-        dp_owner: data-parallel rank that steps on it whole; None where every rank does, or has a part.
+        dp_owner: data-parallel rank that alone steps on the whole parameter; None where every rank steps on
+            all or a share of it.
         matrices: logical matrices of the spectral optimizer.
     """
 
@@ -66,18 +68,21 @@ class Parameter:
 
 @dataclass(frozen=True)
 class CutKind:
-    """Equal matrices that a tensor-parallel group cuts, on the data-parallel rank that has most of them.
+    """Describes equal matrices that are cut over a tensor-parallel group.
+
+    They are counted on the data-parallel rank that has most of them.
 
     Attributes:
-        stage: of the pipeline.
-        kinds: of the matrices.
+        stage: pipeline stage.
+        kinds: kinds of the matrices.
         shape: global ``(d_out, d_in)``.
         dim: dimension that is cut.
-        tp_size: ranks that it is cut over.
-        count: matrices.
-        mode: how they are worked on.
-        why: that mode.
-        costs: of the step on them by mode, flops of the rank with most; empty where nothing was compared.
+        tp_size: number of ranks that it is cut over.
+        count: number of matrices.
+        mode: mode in which they are worked on.
+        why: why that mode was chosen.
+        costs: cost of the step on them by mode, in flops of the busiest rank; empty where modes were not
+            compared.
     """
 
     stage: int
@@ -93,13 +98,13 @@ class CutKind:
 
 @dataclass(frozen=True)
 class Load:
-    """What a rank has to do and to hold.
+    """Counts a rank's work in a step and its memory for the optimizer.
 
     Attributes:
-        flops: of matrix products of a step.
-        received: bytes that it receives from its tensor-parallel group in a step.
+        flops: flops of the matrix products of a step.
+        received: bytes that the rank receives from its tensor-parallel group in a step.
         momentum: bytes of the spectral optimizer's state.
-        masters: bytes of float32 copies of all parameters that it steps on.
+        masters: bytes of float32 copies of all parameters that the rank steps on.
         adamw: bytes of AdamW's state.
     """
 
@@ -111,7 +116,7 @@ class Load:
 
     @property
     def state(self) -> int:
-        """Bytes of the optimizer's state altogether."""
+        """Bytes of the optimizer's state in all: momentum, float32 copies and AdamW's state."""
         return self.momentum + self.masters + self.adamw
 
     def __add__(self, other: "Load") -> "Load":
@@ -126,15 +131,15 @@ class Load:
 
 @dataclass(frozen=True)
 class RankLoad:
-    """The load of the ranks that stand at one place of the groups that matter.
+    """Holds the load of the ranks that share one place in the groups below.
 
     Attributes:
-        stage: of the pipeline.
+        stage: pipeline stage.
         tensor: place in the tensor-parallel group.
         data: place in the data-parallel group, context parallelism included.
         expert_tensor: place in the experts' tensor-parallel group.
         expert_data: place in the experts' data-parallel group.
-        load: what they do and hold.
+        load: load of each of these ranks.
     """
 
     stage: int
@@ -147,22 +152,22 @@ class RankLoad:
 
 @dataclass
 class Plan:
-    """All of it.
+    """Holds everything that ``sso-megatron plan`` reports of a run.
 
     Attributes:
-        optimizer: its name.
-        world_size: ranks.
-        parallel: sizes of the groups.
-        settings: of the optimizer.
-        shared: what all spectral optimizers share.
+        optimizer: name of the optimizer.
+        world_size: number of ranks.
+        parallel: sizes of the groups, by name.
+        settings: settings of the optimizer.
+        shared: settings that all spectral optimizers share.
         parameters: every parameter of the model.
         cuts: how cut matrices are worked on.
-        ranks: loads.
-        largest_shape: of the matrix that takes the most temporary memory.
-        largest_workspace: that memory in bytes.
-        is_sharded: whether data-parallel ranks share the matrices out.
-        model_flops: of one iteration's forward and backward passes, by Megatron's count.
-        tokens: of one iteration.
+        ranks: loads of the ranks.
+        largest_shape: shape of the matrix that takes the most temporary memory.
+        largest_workspace: temporary memory that this matrix takes, in bytes.
+        is_sharded: whether matrices are distributed over data-parallel ranks.
+        model_flops: flops of one iteration's forward and backward passes, by Megatron's count.
+        tokens: number of tokens of one iteration.
         notes: what the reader should know of how the plan was made.
         warnings: what may not be wanted, each with the way out.
     """
@@ -185,17 +190,17 @@ class Plan:
 
     @property
     def originals(self) -> Iterator[Parameter]:
-        """Parameters without the copies of tied weights."""
+        """The model's parameters without the copies of tied weights."""
         return (p for p in self.parameters if not p.is_copy)
 
     @property
     def num_parameters(self) -> int:
-        """Elements of the model."""
+        """Number of the model's elements, those of tied weights once."""
         return sum(p.numel for p in self.originals)
 
     @property
     def num_without_embeddings(self) -> int:
-        """The same without embeddings and output layer."""
+        """Number of the model's elements without embeddings and output layer."""
         return sum(p.numel for p in self.originals if p.role not in ("embedding", "output layer"))
 
     @property
@@ -214,19 +219,22 @@ class Plan:
         return max(self.ranks, key=lambda rank: rank.load.state)
 
     def flops_by_data_rank(self) -> list[float]:
-        """Flops of the busiest rank and of the others of its stage and tensor-parallel place."""
+        """Return the flops of all ranks at the busiest rank's stage and tensor-parallel place.
+
+        They are in the order of the ranks' places in the data-parallel group.
+        """
         top = self.busiest
         same = [r for r in self.ranks if (r.stage, r.tensor) == (top.stage, top.tensor)]
         return [r.load.flops for r in sorted(same, key=lambda r: r.data)]
 
     def imbalance(self) -> float:
-        """The busiest of ``flops_by_data_rank`` by the mean."""
+        """Return the most flops in ``flops_by_data_rank``, as a multiple of their mean."""
         flops = self.flops_by_data_rank()
         mean = sum(flops) / len(flops)
         return max(flops) / mean if mean else 1.0
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, and the totals."""
+        """Return all fields, the totals and a version number, for JSON."""
         totals = {
             "parameters": self.num_parameters,
             "parameters_without_embeddings": self.num_without_embeddings,

@@ -1,4 +1,4 @@
-"""Megatron's command line, read for a plan as a run would read it."""
+"""Reads Megatron's command line for a plan, as a run would read it."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from sso_megatron.mcore.flags.validation import check_criterion, check_metrics, 
 from sso_megatron.mcore.rehearsal import hybrid as cpu_hybrid
 from sso_megatron.mcore.rehearsal import rehearsal
 
-# What would write, read or wait, and what records: none of it is part of a plan.
+# Flags that make a run write, read, wait or record: a plan needs none of that.
 _SWITCHED_OFF = {
     "tensorboard_dir": None,
     "wandb_project": "",
@@ -48,12 +48,12 @@ _UNREADABLE = ("yaml_cfg", "use_checkpoint_args", "perform_rl_step")
 
 @dataclass(frozen=True)
 class Request:
-    """What the flags ask for.
+    """Holds what the flags ask for.
 
     Attributes:
         args: Megatron's arguments, validated.
         starts_from_checkpoint: whether the run loads its first weights.
-        notes: what the reader should know of how they were read.
+        notes: what the plan's reader should know of how the flags were read.
     """
 
     args: Namespace
@@ -70,14 +70,14 @@ def read_flags(
     """Parse and validate Megatron's flags, and set its global variables.
 
     Args:
-        flags: of the command line.
-        world_size: ranks of the run; None for the fewest that its layout can have.
-        defaults: the script's, of flags that are not given.
-        check: the script's own refusals.
+        flags: flags of the command line.
+        world_size: number of ranks of the run; None for the fewest that its layout can have.
+        defaults: the script's defaults of flags that are not given.
+        check: the script's function that raises for flags that it refuses.
 
     Raises:
-        ValueError: a flag that a run would refuse, too.
-        AssertionError: one that Megatron refuses.
+        ValueError: a run would refuse a flag, too, or a plan cannot be made with it.
+        AssertionError: Megatron refuses a flag.
     """
     from megatron.training import arguments, global_vars
 
@@ -129,7 +129,10 @@ def read_flags(
 
 
 def _checkpoint_is_there(args: Namespace) -> bool:
-    """Whether the run starts from a checkpoint: without the one to be tuned it does not start at all."""
+    """Return whether the run starts from a checkpoint.
+
+    ``--pretrained-checkpoint`` is taken to be there: without it the run would not start at all.
+    """
     return bool(args.pretrained_checkpoint or (args.load and (Path(args.load) / TRACKER).is_file()))
 
 
@@ -145,7 +148,7 @@ def _refuse_gpu_layers(args: Namespace) -> None:
 
 
 def _decay_note(args: Namespace, flags: Sequence[str]) -> Iterator[str]:
-    """AdamW's weight decay where it was meant for the matrices, perhaps."""
+    """Yield a note where AdamW's weight decay may have been meant for the matrices."""
     is_given = any(flag.split("=")[0] == "--weight-decay" for flag in flags)
     prefix = OPTIMIZERS[args.optimizer].prefix
     has_adamw = prefix != "spectra_clip" or args.spectral_exclude
@@ -167,7 +170,7 @@ def _layers_note(args: Namespace) -> str:
 
 
 def _fewest_ranks(args: Namespace) -> int:
-    """Ranks of the smallest layout: one replica of the dense part, and of the experts'."""
+    """Return the fewest ranks that make up whole replicas of the dense part and of the experts."""
     tp, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     experts = (args.expert_tensor_parallel_size or tp) * args.expert_model_parallel_size * stages
     return math.lcm(tp * stages * args.context_parallel_size, experts)

@@ -1,4 +1,4 @@
-"""One pipeline stage of a plan: its parameters, and what its ranks have to do."""
+"""Finds for one pipeline stage of a plan who works on which matrix, and what each rank has to do."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +25,12 @@ from sso_megatron.parallel.shards import Cut
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """What Megatron made a spectral optimizer of.
+    """Holds the arguments with which Megatron made a spectral optimizer.
 
     Attributes:
-        optimizer_cls: its class.
+        optimizer_cls: the optimizer's class.
         groups: parameter groups, with the model's own parameters.
-        settings: keyword arguments.
+        settings: other keyword arguments.
     """
 
     optimizer_cls: type[SpectralOptimizer]
@@ -40,23 +40,39 @@ class OptimizerRecipe:
     def make(
         self, takes: Callable[[Tensor], bool], layouts: dict[Tensor, ParameterLayout]
     ) -> SpectralOptimizer:
-        """The optimizer of some of the parameters."""
+        """Return an optimizer of the parameters for which ``takes`` is true, with the given layouts."""
         groups = [{**g, "params": [p for p in g["params"] if takes(p)]} for g in self.groups]
         return self.optimizer_cls(groups, **self.settings | {"find_layout": layouts.__getitem__})
 
 
 @dataclass(frozen=True)
 class Work:
-    """Who works on a logical matrix: mode, and rank of the tensor-parallel group or None for all."""
+    """Describes who works on a logical matrix.
+
+    Attributes:
+        mode: placement mode, or ``local``.
+        rank: rank of the tensor-parallel group; None where all its ranks work on the matrix.
+    """
 
     mode: str
     rank: int | None
 
 
 class Stage:
-    """A stage as its first rank has built it, seen from all of its ranks.
+    """Shows a pipeline stage, which one process has built as the stage's first rank, from any of its ranks.
 
-    Only inside ``fake_world.as_rank``.
+    It can be used only inside ``fake_world.as_rank``.
+
+    Attributes:
+        index: the stage's place in the pipeline.
+        parameters: parameters of the rank that was built.
+        recipes: recipes of the spectral optimizers.
+        owner: data-parallel rank by parameter; empty where matrices are not distributed.
+        spec: the entry of the optimizer's name in ``OPTIMIZERS``.
+        shared: settings that all spectral optimizers share.
+        cuts: records of cut matrices; ``loads`` fills it.
+        workspaces: bytes of temporary memory by a matrix's shape; ``loads`` fills it.
+        spectral: parameters of the spectral optimizers.
     """
 
     def __init__(
@@ -68,15 +84,15 @@ class Stage:
         name: str,
         flops_known: dict[Any, float],
     ) -> None:
-        """Take what was built.
+        """Take what was built for the stage.
 
         Args:
-            index: of the stage.
-            parameters: the rank's own.
-            recipes: of its spectral optimizers.
-            owner: data-parallel rank by parameter, where these share matrices out.
-            name: of the optimizer.
-            flops_known: what has been counted for other stages, and will be for this one.
+            index: the stage's place in the pipeline.
+            parameters: parameters of the rank that was built.
+            recipes: recipes of the spectral optimizers.
+            owner: data-parallel rank by parameter; empty where matrices are not distributed over them.
+            name: name of the optimizer.
+            flops_known: flops counted for other stages; this stage's counts are added in place.
         """
         self.index, self.parameters, self.recipes, self.owner = index, parameters, recipes, owner
         self.spec: OptimizerSpec = OPTIMIZERS[name]
@@ -92,7 +108,7 @@ class Stage:
         self.spectral = [p for p in parameters if p.param in taken]
 
     def layouts(self, tp_rank: int) -> dict[Tensor, ParameterLayout]:
-        """Layouts as a rank of the tensor-parallel groups sees them."""
+        """Return the spectral parameters' layouts as a rank of the tensor-parallel groups sees them."""
         if tp_rank not in self._layouts:
             self._layouts[tp_rank] = {
                 p.param: layout_of(replace(p, tp_rank=tp_rank if p.tp_size > 1 else 0), self.shared)
@@ -101,12 +117,12 @@ class Stage:
         return self._layouts[tp_rank]
 
     def loads(self, is_expert: bool, num_owners: int, tp_size: int) -> dict[tuple[int, int], Load]:
-        """Load by data-parallel and tensor-parallel rank, of the dense parameters or the experts'.
+        """Return the load by data-parallel and tensor-parallel rank, of dense or of experts' parameters.
 
         Args:
-            is_expert: which of them.
-            num_owners: data-parallel ranks that share them.
-            tp_size: ranks of their tensor-parallel group.
+            is_expert: whether to count the experts' parameters instead of the dense ones.
+            num_owners: number of data-parallel ranks for these parameters.
+            tp_size: number of ranks of their tensor-parallel group.
         """
         found: dict[tuple[int, int], Load] = {}
         for data in range(num_owners):
@@ -167,7 +183,7 @@ class Stage:
         return Load(momentum=sum(t.nbytes for t in kept), masters=masters)
 
     def _local(self, layout: ParameterLayout, rank: int, tp_size: int) -> Iterator[Split]:
-        """Matrices that lie whole on a rank."""
+        """Yield the matrices that a rank holds whole; with ``blockwise`` its shards are such, too."""
         for split in layout.splits:
             if split.partition_dim is None and split.rows:
                 yield split
@@ -216,7 +232,11 @@ class Stage:
             )
 
     def matrices(self, p: ModelParameter) -> Iterator[tuple[Split, Work]]:
-        """The logical matrices of a parameter over all ranks that it is cut over; after ``loads``."""
+        """Yield every logical matrix of a parameter, and who works on it.
+
+        Matrices of all ranks that the parameter is cut over are included. ``loads`` must have been called
+        before.
+        """
         if p.param.ndim < 2:
             return
         seen = set()
@@ -237,7 +257,10 @@ class Stage:
                     yield split, self._work[layout.matrix_name(split)]
 
     def radius_and_scale(self, shape: tuple[int, int]) -> tuple[float | None, float | None]:
-        """Of a matrix of this shape, as far as the optimizer has them and its shape gives them."""
+        """Return radius and scale of a matrix of this shape; None for what the shape does not determine.
+
+        An optimizer without a radius or a scale has None, too.
+        """
         c = self._config
         if self.spec.has_spheres:
             is_known = c.radius_mode != "from_weights"
@@ -283,7 +306,7 @@ _KINDS = {
 
 
 def kind_of(p: ModelParameter, split: Split) -> str:
-    """What a logical matrix is: ``q``, ``gate``, ``router``, ``expert down``, ``shared up`` and so on."""
+    """Return a logical matrix's kind: ``q``, ``gate``, ``router``, ``expert down``, ``shared up`` or so."""
     label = split.label.split(".block")[0].rpartition(".")[2]
     label = "" if label.startswith(("expert", "block")) else label.rstrip("0123456789")
     module = p.name.removesuffix(".weight").rpartition(".")[2]
@@ -299,7 +322,7 @@ def kind_of(p: ModelParameter, split: Split) -> str:
 
 
 def role_of(p: ModelParameter) -> str:
-    """What a parameter is, as far as its route goes by it."""
+    """Return a parameter's role, such as ``matrix`` or ``bias``, which its route depends on."""
     if p.name.startswith("embedding."):
         return "embedding"
     if p.is_vocabulary:

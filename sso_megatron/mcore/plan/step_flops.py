@@ -1,4 +1,4 @@
-"""Flops of a spectral step, counted on the optimizer's own step on the meta device."""
+"""Counts the flops of a spectral step by running the optimizer's own step on the meta device."""
 
 from typing import Any
 
@@ -14,27 +14,27 @@ from sso_megatron.parallel.shards import Cut
 
 
 class StepFlops:
-    """Flops of a warm step, as torch's ``FlopCounterMode`` counts them: of matrix products alone.
+    """Counts the flops of a warm step with torch's ``FlopCounterMode``, which counts matrix products alone.
 
-    With bisection the number of trials depends on values; the published mean is taken.
+    With bisection the number of trials depends on values; the published mean is assumed.
     """
 
     def __init__(
         self, optimizer_cls: type[SpectralOptimizer], settings: dict[str, Any], known: dict[Any, float]
     ) -> None:
-        """Take the optimizer's class, what it is made with, and what such an object has counted before."""
+        """Take the optimizer's class and settings, and known counts; new counts are added to them."""
         self._cls, self._settings, self._known = optimizer_cls, settings, known
         config = settings["config"]
         self._searches = getattr(config, "solver", "") == "bisection" and config.tangent == "solve"
 
     def whole(self, shape: tuple[int, int]) -> float:
-        """Of one whole matrix."""
+        """Return the flops of a step on one whole matrix."""
         if shape not in self._known:
             self._known[shape] = self._count(shape, whole(shape), None)
         return self._known[shape]
 
     def shard(self, cut: Cut, tp_group: Any) -> float:
-        """Of one rank's part in one matrix whose shards stay where they are."""
+        """Return the flops of one rank in a step on a matrix whose shards stay on their ranks."""
         if cut not in self._known:
             stored = cut.shard_shape(0)
             lengths = cut.lengths if cut.dim == 0 else None
@@ -61,14 +61,14 @@ class StepFlops:
             if state:
                 optimizer.load_spectral_state({"matrix": state})
             else:
-                optimizer.step()  # finds what later steps start from
+                optimizer.step()  # finds the state that later steps start from
             with FlopCounterMode(display=False) as counter:
                 optimizer.step()
         return float(counter.get_total_flops())
 
 
 class _AnyValues(TorchFunctionMode):
-    """Gives 1 where a first step looks at a value, which a tensor on the meta device has not."""
+    """Returns 1 or True where a first step reads a value, which a tensor on the meta device has not."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
