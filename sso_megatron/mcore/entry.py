@@ -1,4 +1,4 @@
-"""Calls that make Megatron know this package: before it is imported, or from a patched one itself."""
+"""Functions that hook this package into Megatron, before its import or from a patched Megatron itself."""
 
 import argparse
 import os
@@ -51,12 +51,12 @@ def enter() -> None:
 
 
 def plug_in(registry: dict[str, Any]) -> None:
-    """What a Megatron with the patches of ``patches/`` calls at its import, by our entry point.
+    """Hook into a Megatron that is being imported; one with the patches of ``patches/`` calls this itself.
 
-    It comes too late for a rehearsal on the CPU, and in every process that imports Megatron's training
-    loop. So it changes nothing for other optimizers: names and flags are added, checkpoints are hooked
-    only where the command line asks for one of ours. A Megatron-Core that we do not know is told, and
-    left alone.
+    Megatron finds it by our entry point. The call comes too late for a rehearsal on the CPU, and in every
+    process that imports Megatron's training loop. So it changes nothing for other optimizers: names and
+    flags are added, and checkpoints are hooked only where the command line asks for one of ours. A
+    Megatron-Core that cannot work with this package is reported in a warning and left as it is.
 
     Args:
         registry: Megatron's table of emerging optimizers, where ``register`` puts ours.
@@ -75,7 +75,7 @@ def _hook_arguments(for_ours: Callable[[], None] = lambda: None) -> None:
     """Hook flags and checks into Megatron's argument module.
 
     Args:
-        for_ours: run, too, where the command line asks for one of our optimizers.
+        for_ours: called as well where the command line asks for one of our optimizers.
     """
 
     def with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,10 +98,14 @@ def _hook_arguments(for_ours: Callable[[], None] = lambda: None) -> None:
 
 
 def check_and_register(args: argparse.Namespace) -> None:
-    """Everything between parsing and Megatron's own validation, on parsed arguments.
+    """Check parsed arguments before Megatron validates them, and register the optimizer they ask for.
+
+    In a rehearsal it also chooses what a CPU can run, and with ``--spectral-run-dir`` it prepares the
+    folder of the run.
 
     Raises:
-        ValueError: see ``configs_from``, ``flags.validation`` and ``rehearsal.adapt_arguments``.
+        ValueError: a check failed; see ``configs_from``, ``flags.validation`` and
+            ``rehearsal.adapt_arguments``.
     """
     refuse_idle_flags(args)
     check_criterion(args)
@@ -130,5 +134,5 @@ def _hook_checkpoints() -> None:
 
 
 def _hides_gpus() -> bool:
-    """Whether the user asked for a rehearsal; a node that has lost its GPU has not."""
+    """Return whether the user has hidden the GPUs to rehearse, unlike on a node that has lost its GPU."""
     return os.environ.get("CUDA_VISIBLE_DEVICES") == ""

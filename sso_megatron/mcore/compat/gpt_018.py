@@ -1,6 +1,6 @@
-"""GPT models by configuration for Megatron-Core 0.18, which has that for hybrid models alone.
+"""GPT models by configuration for Megatron-Core 0.18, which has configurations of hybrid models alone.
 
-Imports Megatron, hence is itself imported when a model is described and not before.
+This module imports Megatron, so it may only be imported when a model is described.
 """
 
 from argparse import Namespace
@@ -23,10 +23,10 @@ from megatron.training.models import HybridModelBuilder, HybridModelConfig
 
 @dataclass(kw_only=True)
 class GPTConfig(HybridModelConfig):
-    """A hybrid model's configuration describes a GPT model, too, but for scaled rotary positions.
+    """Describes a GPT model by the fields of a hybrid model's configuration and one for rotary positions.
 
     Attributes:
-        rope_scaling: stretch rotary positions, as ``--use-rope-scaling`` asks.
+        rope_scaling: whether rotary positions are stretched, as ``--use-rope-scaling`` asks.
     """
 
     builder: ClassVar[str] = f"{__name__}.GPTBuilder"
@@ -34,14 +34,14 @@ class GPTConfig(HybridModelConfig):
 
 
 def config_from_args(args: Namespace) -> GPTConfig:
-    """Configuration of the GPT model that Megatron's validated arguments describe."""
+    """Return the configuration of the GPT model that Megatron's validated arguments describe."""
     known = hybrid_config_from_args(args)
     values = {f.name: getattr(known, f.name) for f in fields(known)}
     return GPTConfig(**values, rope_scaling=args.use_rope_scaling)
 
 
 class GPTBuilder(HybridModelBuilder):
-    """Builds GPT models; all but the model itself is the hybrid builder's."""
+    """Builds GPT models; everything but ``build_model`` is inherited from the hybrid builder."""
 
     def build_model(
         self,
@@ -50,12 +50,12 @@ class GPTBuilder(HybridModelBuilder):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> Any:
-        """One chunk of the model.
+        """Build one chunk of the model.
 
         Args:
             pg_collection: Megatron's process groups.
-            pre_process: with the embedding; None for what the stage says.
-            post_process: with the output layer; likewise.
+            pre_process: whether the chunk has the embedding; None to decide by the pipeline stage.
+            post_process: whether it has the output layer; None to decide by the pipeline stage.
             vp_stage: virtual pipeline stage.
         """
         model, config = self._model_config, self._model_config.transformer
@@ -86,7 +86,7 @@ class GPTBuilder(HybridModelBuilder):
 
 
 def _kind(config: Any) -> dict[str, Any]:
-    """Which of Megatron's implementations of a layer is meant."""
+    """Return the arguments that select one of Megatron's implementations of a layer."""
     return {
         "use_transformer_engine": config.transformer_impl == "transformer_engine",
         "normalization": config.normalization,
@@ -95,7 +95,7 @@ def _kind(config: Any) -> dict[str, Any]:
 
 
 def _layers(config: Any, vp_stage: int | None) -> Any:
-    """Layers of a chunk, dense or with experts; a block without experts is a dense one."""
+    """Return the layers of a chunk; Megatron's decoder block is dense where there are no experts."""
     if config.experimental_attention_variant is not None:
         return get_transformer_block_with_experimental_attention_variant_spec(
             config=config, vp_stage=vp_stage
@@ -106,7 +106,7 @@ def _layers(config: Any, vp_stage: int | None) -> Any:
 
 
 def _predicted_tokens(config: Any, vp_stage: int | None) -> Any:
-    """Layers that predict further tokens, of the same kind as the last of the decoder."""
+    """Return the layers of multi-token prediction, built like the decoder's last layer; None if unused."""
     if config.mtp_num_layers is None:
         return None
     layer = specs.get_gpt_decoder_layer_specs(config, vp_stage=vp_stage, **_kind(config))[-1]

@@ -1,6 +1,7 @@
-"""The one way to Megatron's private names: a name that is gone ends with a line that says so.
+"""Access to Megatron's private names; a name that is missing raises an error that says so.
 
-``private_names`` has the table of these names and what each is used for.
+The package reaches private names only through this module. ``private_names`` has the table of them and
+says what each is used for.
 """
 
 import importlib
@@ -12,48 +13,48 @@ from sso_megatron.mcore.compat.private_names import CHECKPOINTING, OPTIMIZER, PR
 from sso_megatron.mcore.errors import UnsupportedError
 
 SHARDED_WHOLE = "is_managed_by_layer_wise_optimizer"
-"""Megatron's tag of parameters that DDP keeps in buffers of their own, one shard for each of them."""
+"""Megatron's tag for parameters in buffers of their own, where each lies whole in one shard."""
 
 
 def existing(path: str) -> Any:
-    """What a private name of Megatron's stands for.
+    """Return the object that a private name of Megatron's refers to.
 
     Args:
         path: key of ``PRIVATE_NAMES``.
 
     Raises:
-        UnsupportedError: this Megatron-Core does not have it.
+        UnsupportedError: this Megatron-Core does not have the name.
     """
     owner, name = _owner_of(path)
     return getattr(owner, name)
 
 
 def replace(path: str, replacement: Any) -> None:
-    """Put something else in the place of a private name.
+    """Replace the object that a private name refers to.
 
     Args:
         path: key of ``PRIVATE_NAMES``.
-        replacement: what callers find there from now on.
+        replacement: the object that callers find there from now on.
 
     Raises:
-        UnsupportedError: this Megatron-Core does not have it.
+        UnsupportedError: this Megatron-Core does not have the name.
     """
     owner, name = _owner_of(path)
     setattr(owner, name, replacement)
 
 
 def wrap(path: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace a function by ``wrapper(original)``, once.
+    """Replace a function by ``wrapper(original)``; a function that is wrapped already stays as it is.
 
     Megatron looks these functions up in their module or class when it calls them, so that replacing
     the attribute reaches every caller.
 
     Args:
         path: key of ``PRIVATE_NAMES``: a module's function, or a class's static method.
-        wrapper: gets the original and returns what takes its place.
+        wrapper: takes the original and returns its replacement.
 
     Raises:
-        UnsupportedError: this Megatron-Core does not have it.
+        UnsupportedError: this Megatron-Core does not have the name.
     """
     owner, name = _owner_of(path)
     original = getattr(owner, name)
@@ -64,7 +65,7 @@ def wrap(path: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]])
 
 
 def _owner_of(path: str) -> tuple[Any, str]:
-    """The module, class or object that holds a private name, and its last part."""
+    """Return the module, class or object that holds a private name, and the name's last component."""
     assert path in PRIVATE_NAMES, f"{path} has no line in PRIVATE_NAMES"
     module, _, qualified = path.partition(":")
     *classes, name = qualified.split(".")
@@ -86,7 +87,7 @@ def _attribute(owner: Any, name: str) -> Any:
 
 
 def registry() -> dict[str, Any]:
-    """Megatron's table of emerging optimizers, by the name that ``--optimizer`` takes."""
+    """Return Megatron's table of emerging optimizers, by the name that ``--optimizer`` takes."""
     table: dict[str, Any] = existing(f"{OPTIMIZER}.emerging_optimizers:_EMERGING_OPTIMIZERS")
     return table
 
@@ -97,7 +98,7 @@ def registry_entry(
     config_to_kwargs: Callable[..., dict[str, Any]],
     overrides: dict[Any, dict[str, Any]],
 ) -> Any:
-    """An entry for ``registry``."""
+    """Return an entry for the table that ``registry`` returns."""
     from megatron.core.optimizer.emerging_optimizers import EmergingOptimizerEntry
 
     return EmergingOptimizerEntry(
@@ -111,7 +112,7 @@ def registry_entry(
 def parameter_groups(
     config: Any, model_chunks: list[Any], overrides: dict[Any, Any]
 ) -> list[dict[str, Any]]:
-    """Megatron's parameter groups of a model, the same number and order of settings on every rank.
+    """Return Megatron's parameter groups of a model, which have the same settings and order on every rank.
 
     Collectives: one gather of objects over the world.
     """
@@ -120,7 +121,7 @@ def parameter_groups(
 
 
 def standard_optimizer(**kwargs: Any) -> Any:
-    """The optimizer that Megatron builds for AdamW's groups; arguments as its factory's."""
+    """Return the optimizer that Megatron builds for AdamW's groups; its factory takes the arguments."""
     return existing(f"{OPTIMIZER}:_get_megatron_optimizer_based_on_param_groups")(**kwargs)
 
 
@@ -128,30 +129,30 @@ def standard_optimizer(**kwargs: Any) -> Any:
 
 
 def tracker_opener() -> str:
-    """The function that Megatron's checkpoints open their tracker file with."""
+    """Return the private name of the function by which Megatron's checkpoints open their tracker file."""
     return f"{CHECKPOINTING}:open_file" if versions.is_0_18() else "megatron.core.msc_utils:maybe_msc.open"
 
 
 def open_with_store(path: Any, *args: Any, **kwargs: Any) -> Any:
-    """Open a file as Megatron does, in an object store where that is asked for."""
+    """Open a file as Megatron does, in an object store where Megatron is set up to use one."""
     from megatron.core import msc_utils
 
     if versions.is_0_18():
         return msc_utils.open_file(path, *args, **kwargs)
-    # Asked of its class: on the object itself the function is replaced.
+    # Looked up on the class, since on the object itself the function is replaced.
     return type(msc_utils.maybe_msc).__getattr__(msc_utils.maybe_msc, "open")(path, *args, **kwargs)
 
 
 def grads_for_norm() -> str:
-    """Name of the method that returns the gradients which an optimizer's norm is made of."""
+    """Return the name of the method that returns the gradients in an optimizer's gradient norm."""
     return "get_main_grads_for_grad_norm" if versions.is_0_18() else "get_grads_for_grad_norm"
 
 
 def adamw_state_keys(optimizer: Any) -> list[str]:
-    """Names of the state tensors of a ``DistributedOptimizer``; 0.18 knows AdamW's alone."""
+    """Return the names of a ``DistributedOptimizer``'s state tensors; 0.18 has only those of AdamW."""
     return ["exp_avg", "exp_avg_sq"] if versions.is_0_18() else list(optimizer.optimizer_state_keys)
 
 
 def expert_model_parallel_group(process_groups: dict[str, Any]) -> Any:
-    """The experts' counterpart of ``mp_group`` among an optimizer's process groups."""
+    """Return the experts' counterpart of ``mp_group`` among an optimizer's process groups."""
     return process_groups["expt_tp_pp_group" if versions.is_0_18() else "expt_tp_pp_with_egtp_remat_group"]

@@ -1,8 +1,8 @@
 """Every private name of Megatron's that this package relies on, in one table.
 
-A name counts as private if it begins with an underscore, or if this package replaces what it stands for. A
-new version of Megatron means reading this table, not the rest of the package; a test looks every name up in
-every supported version.
+A name counts as private if it begins with an underscore, or if this package replaces what it refers to. For
+a new version of Megatron, this table is what to check, not the rest of the package; a test looks every name
+up in every supported version.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class PrivateName:
 
     Attributes:
         use: what this package does with it, and where.
-        only: the minor version in which it is used; None for all that are supported.
+        only: the one minor version in which it is used; None if it is used in all supported versions.
     """
 
     use: str
@@ -95,4 +95,4 @@ PRIVATE_NAMES: dict[str, PrivateName] = {
     ),
     "megatron.core.models.hybrid.hybrid_block:TENorm": PrivateName("replaced: torch's norm"),
 }
-"""By ``module:name``, or ``module:Class.name``."""
+"""The private names that are used, by ``module:name`` or ``module:Class.name``."""

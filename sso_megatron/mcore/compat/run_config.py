@@ -1,7 +1,8 @@
-"""A run as Megatron's training loop takes it: a configuration with the model's in it.
+"""The configuration of a run, its model included, in the form that Megatron's training loop takes.
 
-0.19 builds the model from that configuration. 0.18 asks for a function that builds it, and has no
-configuration of a GPT model: there ``gpt_018`` has one, and ``get_model`` learns to go by it.
+Megatron-Core 0.19 builds the model from that configuration. 0.18 takes a function that builds the model,
+and has no configuration of a GPT model: there ``gpt_018`` provides one, and ``get_model`` is wrapped to
+build the model from it.
 """
 
 from argparse import Namespace
@@ -12,7 +13,7 @@ from sso_megatron.mcore.compat import private_api, versions
 
 
 def model_config(args: Namespace) -> Any:
-    """Configuration of the model that Megatron's validated arguments describe, GPT or hybrid."""
+    """Return the configuration of the GPT or hybrid model that Megatron's validated arguments describe."""
     from megatron.training import argument_utils
 
     if args.hybrid_layer_pattern:
@@ -25,19 +26,19 @@ def model_config(args: Namespace) -> Any:
 
 
 def configuration(args: Namespace) -> Any:
-    """Megatron's configuration of a run, its model included."""
+    """Return Megatron's configuration of a run, its model included."""
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     return pretrain_cfg_container_from_args(args, model_config(args))
 
 
 def pretrain(container: Any, datasets: Callable[..., Any], forward_step: Any, **named: Any) -> None:
-    """Megatron's training loop on a model that the configuration describes.
+    """Run Megatron's training loop on the model that a configuration describes.
 
     Args:
-        container: ``configuration`` of the run.
+        container: the run's configuration, which ``configuration`` returns.
         datasets: provider of train, validation and test sets.
-        forward_step: of one micro batch.
+        forward_step: function for the forward pass of one micro batch.
         **named: the loop's other arguments.
     """
     from megatron.core.enums import ModelType
@@ -54,7 +55,7 @@ def pretrain(container: Any, datasets: Callable[..., Any], forward_step: Any, **
 
 
 def model_and_optimizer(container: Any, groups: Any) -> tuple[list[Any], Any]:
-    """Model chunks and optimizer, as the training loop sets them up, over these process groups."""
+    """Return model chunks and optimizer over given process groups, set up as in the training loop."""
     from megatron.core.enums import ModelType
     from megatron.training.training import setup_model_and_optimizer
 
@@ -67,7 +68,7 @@ def model_and_optimizer(container: Any, groups: Any) -> tuple[list[Any], Any]:
 
 
 def _model_provider(name: str, container: Any) -> dict[str, Any]:
-    """The argument that 0.18 needs, by its name; the configuration itself, which ``get_model`` knows."""
+    """Return the model provider that 0.18 needs, by its name: the configuration, for our ``get_model``."""
     if not versions.is_0_18():
         return {}
     private_api.wrap("megatron.training.training:get_model", _by_configuration)
@@ -75,7 +76,7 @@ def _model_provider(name: str, container: Any) -> dict[str, Any]:
 
 
 def _by_configuration(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``get_model`` of 0.18, which also takes a configuration for the function that builds the model."""
+    """Wrap 0.18's ``get_model`` so that it takes a configuration instead of a function that builds."""
 
     def get_model(
         provider: Any,

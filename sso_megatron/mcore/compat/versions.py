@@ -1,4 +1,4 @@
-"""Which versions of Megatron-Core and emerging-optimizers this works with."""
+"""The versions of Megatron-Core and emerging-optimizers that this package works with."""
 
 import dataclasses
 import functools
@@ -14,13 +14,13 @@ from sso_megatron.mcore.errors import UnsupportedError
 
 @dataclasses.dataclass(frozen=True)
 class Versions:
-    """What is known of the versions of a package.
+    """The versions of a package that work, and how to install one.
 
     Attributes:
-        install: what pip installs.
+        install: requirement for pip, without a version.
         tested: versions that the tests were run with.
-        oldest: minor version; older ones are refused.
-        why: cannot older ones work.
+        oldest: oldest ``(major, minor)`` version that works; older versions are refused.
+        why: what older versions lack, worded to follow "versions before 0.18".
     """
 
     install: str
@@ -51,10 +51,10 @@ EMERGING = Versions(
 
 
 def check_versions() -> None:
-    """Refuse megatron-core and emerging-optimizers that cannot work, warn of untested minor versions.
+    """Refuse a megatron-core or emerging-optimizers that cannot work, and warn of untested minor versions.
 
     Raises:
-        UnsupportedError: one is missing, or too old.
+        UnsupportedError: one of the two packages is missing or too old.
     """
     try:
         emerging = version("emerging-optimizers")
@@ -66,9 +66,10 @@ def check_versions() -> None:
 
 @functools.cache
 def megatron_version() -> str | None:
-    """Version of the ``megatron.core`` that an import would find; a checkout may hide the wheel.
+    """Return the version of the ``megatron.core`` that an import would find, or None if there is none.
 
-    It is read from the file: importing Megatron here would be too early for the CPU rehearsal.
+    A source checkout may hide an installed wheel. The version is read from the file, since importing
+    Megatron here would be too early for the CPU rehearsal.
     """
     try:
         spec = find_spec("megatron.core")
@@ -80,17 +81,17 @@ def megatron_version() -> str | None:
 
 
 def version_in(core: Path) -> str:
-    """Version of a folder ``megatron/core``.
+    """Return the version of Megatron-Core in a folder ``megatron/core``.
 
     Raises:
-        OSError: it has no readable ``package_info.py``.
+        OSError: the folder has no readable ``package_info.py``.
     """
     text = (core / "package_info.py").read_text()
     return ".".join(re.findall(r"^(?:MAJOR|MINOR|PATCH) = (\d+)", text, re.MULTILINE))
 
 
 def is_0_18() -> bool:
-    """Whether Megatron-Core is of the oldest minor version that works."""
+    """Return whether Megatron-Core has version 0.18, the oldest minor version that works."""
     return str(megatron_version()).startswith("0.18.")
 
 

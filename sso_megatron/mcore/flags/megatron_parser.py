@@ -1,4 +1,4 @@
-"""Megatron's parser with our flags, asked flag by flag."""
+"""A reader of single flags, by Megatron's parser with our flags added."""
 
 import argparse
 import difflib
@@ -9,7 +9,7 @@ _IS_NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")
 
 
 class FlagParser:
-    """What flags there are, and what values they take. Needs ``enter()`` before."""
+    """Says which flags exist and what values they take; ``enter()`` must have been called before."""
 
     def __init__(self) -> None:
         from megatron.training import arguments
@@ -20,23 +20,23 @@ class FlagParser:
 
     @property
     def known(self) -> list[str]:
-        """All flags."""
+        """All flags that the parser has."""
         return list(self._actions)
 
     def setting(self, flag: str) -> str:
-        """What a flag sets: two flags of the same setting replace each other.
+        """Return the name of the setting that a flag sets; flags of one setting override each other.
 
         Raises:
-            ValueError: there is no such flag.
+            ValueError: the flag does not exist.
         """
         self._check(flag)
         return self._actions[flag].dest
 
     def words(self, flag: str, value: str | list[str]) -> list[str]:
-        """A flag and its values as words of a command line; none for a switch that is ``false``.
+        """Return a flag and its values as words of a command line; none for a switch that is ``false``.
 
         Raises:
-            ValueError: there is no such flag, or it does not take this value.
+            ValueError: the flag does not exist, or does not take this value.
         """
         self._check(flag)
         values = value if isinstance(value, list) else [value]
@@ -58,10 +58,10 @@ class FlagParser:
         return words
 
     def split(self, words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-        """Flags and values of a command line, as ``words`` takes them.
+        """Yield each flag of a command line with its values, in the form that ``words`` takes.
 
         Raises:
-            ValueError: it does not start with a flag, or there is no such flag.
+            ValueError: the command line does not start with a flag, or a flag does not exist.
         """
         found: list[tuple[str, list[str]]] = []
         for word in words:

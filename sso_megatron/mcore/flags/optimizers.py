@@ -1,4 +1,4 @@
-"""The names that ``--optimizer`` takes from us, and what stands behind each."""
+"""The names that this package adds to ``--optimizer``, each with its optimizer and settings."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -20,12 +20,12 @@ from sso_megatron.optimizers.sso import SSO, MuonSphere
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """What a name of ``--optimizer`` stands for.
+    """The optimizer that a name of ``--optimizer`` selects, and its settings.
 
     Attributes:
-        optimizer_cls: the torch optimizer.
+        optimizer_cls: class of the torch optimizer.
         config_cls: the dataclass of its settings; its fields become flags.
-        prefix: of these flags, with underscores.
+        prefix: prefix of these flags, with underscores.
         fixed: settings that the name decides, which have no flag.
     """
 
@@ -36,7 +36,7 @@ class OptimizerSpec:
 
     @property
     def has_spheres(self) -> bool:
-        """Whether it keeps weights on spheres."""
+        """Whether the optimizer keeps weights on spheres."""
         return issubclass(self.optimizer_cls, SSO)
 
 
@@ -52,26 +52,26 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     },
     "spectral_adam": OptimizerSpec(SpectralAdam, SpectralAdamConfig, "spectral_adam"),
 }
-"""By the name that ``--optimizer`` takes. A line here is all that Megatron needs to know an optimizer."""
+"""Our optimizers by the name that ``--optimizer`` takes; a line here adds an optimizer to Megatron."""
 
 
 def config_classes() -> dict[str, type]:
-    """The dataclasses that flags are made from, by the flags' prefix."""
+    """Return the dataclasses that flags are made from, by the flags' prefix."""
     return {"spectral": SpectralConfig} | {spec.prefix: spec.config_cls for spec in OPTIMIZERS.values()}
 
 
 def names_with(prefix: str) -> str:
-    """Names of the optimizers that read the settings of a prefix, to be shown."""
+    """Return the names of the optimizers that read the settings of a prefix, as text for messages."""
     is_shared = prefix == "spectral"
     return " or ".join(name for name, spec in OPTIMIZERS.items() if is_shared or spec.prefix == prefix)
 
 
 def flag_fields(prefix: str) -> list["dataclasses.Field[Any]"]:
-    """Settings that have a flag: all but those that the optimizer's name says."""
+    """Return the settings of a prefix that have a flag: those that no optimizer's name decides."""
     fixed = {name for spec in OPTIMIZERS.values() if spec.prefix == prefix for name in spec.fixed}
     return [f for f in dataclasses.fields(config_classes()[prefix]) if f.name not in fixed]
 
 
 def flags_of(prefix: str, names: list[str]) -> str:
-    """Flags of settings, to be shown."""
+    """Return the flags of some settings of a prefix, as text for messages."""
     return " ".join(f"--{prefix}-{name}".replace("_", "-") for name in names)

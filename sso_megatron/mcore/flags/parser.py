@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add our flags and optimizer names to Megatron's parser."""
     for action in parser._actions:
         if "--optimizer" in action.option_strings and action.choices is not None:
-            # A patched Megatron has asked for them already (patches/).
+            # A Megatron with the patches of patches/ has added our names already.
             action.choices = list(dict.fromkeys([*action.choices, *OPTIMIZERS]))
     for prefix, config_type in config_classes().items():
         group = parser.add_argument_group(title=f"sso_megatron: {config_type.__doc__}")
@@ -76,10 +76,10 @@ def _action(config_type: type, f: "dataclasses.Field[Any]") -> dict[str, Any]:
 
 
 def configs_from(args: argparse.Namespace) -> tuple[Any, SpectralConfig]:
-    """The configurations of the chosen optimizer and of what all share.
+    """Return the configuration of the chosen optimizer, and the one that all our optimizers share.
 
     Raises:
-        ValueError: a value outside its rule; the message names the flag.
+        ValueError: a value breaks a rule of its setting; the message names the flag.
     """
     spec = OPTIMIZERS[args.optimizer]
     known = {**spec.fixed, **from_schedule(spec, args)}
@@ -89,15 +89,15 @@ def configs_from(args: argparse.Namespace) -> tuple[Any, SpectralConfig]:
 def config_from(
     args: argparse.Namespace, prefix: str, known: Mapping[str, Any] = MappingProxyType({})
 ) -> Any:
-    """The configuration of a prefix.
+    """Return the configuration that the flags of a prefix describe.
 
     Args:
-        args: Megatron's.
-        prefix: of the flags.
-        known: settings that come from elsewhere.
+        args: Megatron's arguments.
+        prefix: prefix of the flags, a key of ``config_classes``.
+        known: values that override those of the flags, or of settings that have no flag.
 
     Raises:
-        ValueError: a value outside its rule; the message names the flag.
+        ValueError: a value breaks a rule of its setting; the message names the flag.
     """
     values = {f.name: getattr(args, f"{prefix}_{f.name}") for f in flag_fields(prefix)} | dict(known)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -109,7 +109,7 @@ def config_from(
 
 
 def group_sizes(args: argparse.Namespace) -> dict[str, int]:
-    """Ranks of each kind of parallelism, from Megatron's validated arguments."""
+    """Return the number of ranks of each form of parallelism, from Megatron's validated arguments."""
     return {
         "tensor": args.tensor_model_parallel_size,
         "pipeline": args.pipeline_model_parallel_size,

@@ -1,4 +1,4 @@
-"""Settings of an optimizer that follow from the length and the warmup of the run."""
+"""Settings of an optimizer that default to the length and the warmup of the run."""
 
 import argparse
 
@@ -6,14 +6,14 @@ from sso_megatron.mcore.flags.optimizers import OptimizerSpec, flags_of
 
 
 def from_schedule(spec: OptimizerSpec, args: argparse.Namespace) -> dict[str, int]:
-    """Settings that stand at 0 and that the run's own length and warmup give.
+    """Return the settings that are 0, with values from the run's own length and warmup.
 
     Args:
-        spec: of the optimizer.
-        args: Megatron's, parsed and not validated yet.
+        spec: the chosen optimizer.
+        args: Megatron's arguments, parsed and not validated yet.
 
     Raises:
-        ValueError: the run is told in samples, and not all batches have the same number of them.
+        ValueError: the length of the run is given in samples, and not all batches have as many of them.
     """
     names = ("train_steps", "c_warmup_steps")
     missing = [name for name in names if spec.prefix == "spectra_clip" and not _of_clip(args, name)]
@@ -46,7 +46,7 @@ def _of_clip(args: argparse.Namespace, name: str) -> int:
 
 
 def _batch_size(args: argparse.Namespace) -> int:
-    """Samples of a step, as Megatron will find them; 0 where it will refuse the arguments."""
+    """Return the samples of a step that Megatron will find; 0 where it will refuse the arguments."""
     if args.global_batch_size:
         return int(args.global_batch_size)
     ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size

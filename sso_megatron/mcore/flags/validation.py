@@ -1,4 +1,4 @@
-"""What the command line must not ask for: each refusal names the flag, the rule and the way out."""
+"""Checks of the command line; each refusal names the flag, the rule and the way out."""
 
 import argparse
 
@@ -14,10 +14,10 @@ from sso_megatron.mcore.flags.optimizers import (
 
 
 def check_request(args: argparse.Namespace) -> None:
-    """Refuse what cannot work with a spectral optimizer.
+    """Refuse arguments that cannot work with a spectral optimizer.
 
     Raises:
-        ValueError: with the flag, the rule and the way out.
+        ValueError: such an argument is given; the message names the flag, the rule and the way out.
     """
     refused = {
         "fp16": "float16 gradients overflow the spectral step; use --bf16",
@@ -45,7 +45,7 @@ def check_request(args: argparse.Namespace) -> None:
 
 
 def _check_experts(args: argparse.Namespace) -> None:
-    """Refuse experts that Megatron-Core 0.18 gives another tensor parallelism, but not their own groups."""
+    """Refuse experts that Megatron-Core 0.18 shards in another way but gives no groups of their own."""
     tp, etp = args.tensor_model_parallel_size, args.expert_tensor_parallel_size
     is_apart = args.num_experts and etp is not None and etp != tp and args.expert_model_parallel_size == 1
     if is_apart and versions.is_0_18():
@@ -107,12 +107,12 @@ def _check_combinations(args: argparse.Namespace, spec: OptimizerSpec) -> None:
                 )
 
 
-# What --optimizer spectra_clip_... has flags of its own for.
+# Megatron's settings of AdamW that --optimizer spectra_clip_... has flags of its own for.
 _OF_ADAMW = ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "weight_decay_incr_style")
 
 
 def unread_flags(args: argparse.Namespace) -> str | None:
-    """A line on Megatron's flags for AdamW where AdamW gets no parameter, if they differ from ours."""
+    """Return a note on flags for AdamW that are given where AdamW gets no parameter; None without any."""
     spec = OPTIMIZERS.get(args.optimizer)
     if spec is None or spec.prefix != "spectra_clip" or args.spectral_exclude:
         return None
@@ -131,7 +131,7 @@ def unread_flags(args: argparse.Namespace) -> str | None:
 
 
 def _check_sharding(args: argparse.Namespace) -> None:
-    """Refuse ways to shard that would cut matrices, lose state or stop half-way."""
+    """Refuse ways to shard that would split matrices, lose state or stop half-way."""
     using = f"with --optimizer {args.optimizer}"
     if not args.use_layer_wise_param_layout:
         raise ValueError(
@@ -167,7 +167,7 @@ def _check_sharding(args: argparse.Namespace) -> None:
             )
 
 
-# Settings that nothing looks at unless another one has this value.
+# Settings that have no effect unless another setting has this value.
 _READ_ONLY_WITH = {
     "spectral": {"flops_per_byte": ("tp_mode", "auto")},
     "sso": {
@@ -180,7 +180,7 @@ _READ_ONLY_WITH = {
     },
     "spectra_clip": {"one_dimensional": ("apply_to", "all")},
 }
-# Settings of spectral clipping that some of its bases alone read.
+# Settings of spectral clipping that only some of its base optimizers read.
 _BASES = {
     "beta2": ("adamw",),
     **dict.fromkeys(("beta1", "eps"), ("adamw", "ademamix")),
@@ -197,7 +197,7 @@ def refuse_idle_flags(args: argparse.Namespace) -> None:
     """Refuse our flags with an optimizer that does not read them.
 
     Raises:
-        ValueError: with the flags and the way out.
+        ValueError: such a flag is given; the message names the flags and the way out.
     """
     spec = OPTIMIZERS.get(args.optimizer)
     for prefix in config_classes():
@@ -217,7 +217,11 @@ def _changed(args: argparse.Namespace, prefix: str) -> list[str]:
 
 
 def check_criterion(args: argparse.Namespace) -> None:
-    """Refuse what the criterion cannot be measured with."""
+    """Refuse arguments with which ``--log-spectral-criterion`` cannot measure or write anything.
+
+    Raises:
+        ValueError: such an argument is given; the message names the flag, the rule and the way out.
+    """
     if args.log_spectral_criterion is None:
         return
     flag = f"--log-spectral-criterion {args.log_spectral_criterion}"
@@ -242,7 +246,11 @@ def check_criterion(args: argparse.Namespace) -> None:
 
 
 def check_metrics(args: argparse.Namespace) -> None:
-    """Refuse measurements that nobody would see, or that cannot be made."""
+    """Refuse measurements that cannot be made, or whose results would be written nowhere.
+
+    Raises:
+        ValueError: such measurements are asked for; the message names the flag and the way out.
+    """
     health = f"--spectral-health {args.spectral_health}"
     if args.spectral_health not in ("off", "warn", "stop"):
         raise ValueError(f"{health} must be one of off, warn, stop")

@@ -1,1 +1,1 @@
-"""``--log-spectral-metrics`` and ``--log-spectral-criterion``: what is measured while a run trains."""
+"""The measurements of ``--log-spectral-metrics`` and ``--log-spectral-criterion`` while a run trains."""

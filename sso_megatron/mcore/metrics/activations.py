@@ -57,7 +57,7 @@ class ActivationMeter:
 
     @property
     def contributions(self) -> dict[str, Contribution]:
-        """Rows that this rank reports: each of its layers, over its part of the tokens."""
+        """The rows that this rank reports: each of its layers, measured over this rank's tokens."""
         rank = dist.get_rank()
         loads = tuple(f"load{expert}" for expert in range(self._num_experts))
         return {
@@ -138,7 +138,7 @@ class ActivationMeter:
 
 
 def why_hidden(options: Any) -> str | None:
-    """What keeps hooks from seeing forward passes; None if nothing does.
+    """Return the reason why hooks do not see forward passes; None if they do.
 
     Args:
         options: Megatron's arguments.
@@ -151,7 +151,7 @@ def why_hidden(options: Any) -> str | None:
 
 
 def _layer_around(name: str) -> str | None:
-    """The innermost layer that a module's name is in."""
+    """Return the name of the innermost layer around a module; None if there is none."""
     parts = name.split(".")
     for stop in range(len(parts) - 1, 1, -1):
         if parts[stop - 1].isdigit() and parts[stop - 2] == "layers":
@@ -160,8 +160,8 @@ def _layer_around(name: str) -> str | None:
 
 
 def _kind(within: str, module: Any) -> str | None:
-    """What a hook measures at a module inside a layer, by the module's name there; None for nothing."""
-    if type(module).__name__ == "IdentityOp":  # a hybrid model's layer has one part alone
+    """Return what a hook measures at a module, by its name within the layer; None for nothing."""
+    if type(module).__name__ == "IdentityOp":  # all modules but one in a hybrid model's layer
         return None
     within = within.removeprefix("mtp_model_layer.")
     if within in ("self_attention", "mlp"):
@@ -184,7 +184,7 @@ def _at(hook: Callable[[int, Any, Any], None], place: int) -> Callable[[Any, Any
 
 
 def layer_table(reduced: tuple[tuple[str, ...], dict[str, np.ndarray]]) -> Table:
-    """The table ``layers``: root mean squares and largest magnitudes; NaN where no hook was called."""
+    """Return the table ``layers``: root mean squares and largest magnitudes, NaN where no hook ran."""
     rows, sums = reduced
     columns = {}
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -197,7 +197,7 @@ def layer_table(reduced: tuple[tuple[str, ...], dict[str, np.ndarray]]) -> Table
 
 
 def expert_table(reduced: tuple[tuple[str, ...], dict[str, np.ndarray]]) -> Table:
-    """The table ``experts``: ``load``, tokens over their mean; ``max_vio``, the largest load minus 1."""
+    """Return the table ``experts``: ``load``, tokens over their mean; ``max_vio``, largest load minus 1."""
     rows, loads = reduced
     tokens = np.stack(list(loads.values()), axis=1) if loads else np.zeros((0, 0))
     with np.errstate(divide="ignore", invalid="ignore"):

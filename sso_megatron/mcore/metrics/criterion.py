@@ -39,12 +39,12 @@ CriterionRows = dict[str, dict[str, float | None]]
 
 @dataclass
 class RankMeasurements:
-    """What a rank has measured of one iteration.
+    """The measurements of one rank at one iteration.
 
     Attributes:
         stable_ranks: stable rank of the activations that come into a weight, by the weight's name.
-        norms: by a logical matrix's name its weight's name, its kind, and its gradient's ``||G||_*`` and
-            ``||G||_F``.
+        norms: a weight's name, the kind of the matrix, and ``||G||_*`` and ``||G||_F`` of the matrix's
+            gradient, by the name of the logical matrix.
     """
 
     stable_ranks: dict[str, float] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class RankMeasurements:
 
 
 def rows(parts: Iterable[RankMeasurements]) -> CriterionRows:
-    """The criterion of every weight, from the measurements of all ranks.
+    """Return the criterion of every weight from the measurements of all ranks.
 
     Logical matrices of one kind in one weight, such as the heads' queries, make up one row: the squares of
     their norms are added, as the effects of their updates add up.
@@ -80,28 +80,28 @@ def rows(parts: Iterable[RankMeasurements]) -> CriterionRows:
 
 
 class Criterion:
-    """Measures every ``interval``-th iteration, and leaves the others alone.
+    """Measures the criterion at every ``interval``-th iteration, and does not change other iterations.
 
     Collectives at a measured iteration: those of ``InputStableRank``; one all-gather of each gradient
     buffer that the sharded optimizer had reduced in shards; and for each batch of matrices that tensor
-    parallelism cuts an all-gather or two all-reduces. Data-parallel ranks share out the work on gradients.
+    parallelism shards, an all-gather or two all-reduces. Data-parallel ranks divide the work on gradients.
     """
 
     def __init__(self, interval: int, shared: SpectralConfig) -> None:
-        """Take the interval in iterations, and the settings by which logical matrices are found."""
+        """Store the interval in iterations, and the settings by which logical matrices are found."""
         self._interval = interval
         self._shared = replace(shared, tp_mode="auto")
         self._parts: dict[int, RankMeasurements] = {}
 
     @classmethod
     def from_options(cls, options: Any) -> "Criterion | None":
-        """What Megatron's arguments ask for; None if they do not ask."""
+        """Return the criterion that Megatron's arguments ask for; None if they ask for none."""
         if not options.log_spectral_criterion:
             return None
         return cls(options.log_spectral_criterion, config_from(options, "spectral"))
 
     def gather(self) -> dict[int, CriterionRows]:
-        """The criterion by iteration, for what was measured since the last call; the same on every rank.
+        """Return the criterion of each iteration measured since the last call, the same on every rank.
 
         Collectives: one all-gather of objects over the world if an iteration was measured.
         """
@@ -143,7 +143,7 @@ class Criterion:
 
 
 def _is_tied(model: Sequence[Any]) -> bool:
-    """Whether embedding and output layer are one weight."""
+    """Return whether embedding and output layer share one weight."""
     from megatron.core.utils import unwrap_model
 
     return bool(getattr(unwrap_model(model[0]), "share_embeddings_and_output_weights", False))
@@ -157,38 +157,38 @@ def _is_known(p: ModelParameter, is_tied: bool) -> bool:
 
 
 def _is_shared(p: ModelParameter, is_tied: bool) -> bool:
-    """Whether a weight is used in several places: tied, or in the prediction of several tokens."""
+    """Return whether a weight is used in several places: tied, or in the prediction of several tokens."""
     several = is_tied or bool(p.config.mtp_num_layers)
     return several and bool(re.search(r"(^|\.)(word_embeddings|output_layer)\.weight$", p.name))
 
 
 class _NuclearNorms:
-    """The costs of ``linalg.norms.nuclear_norm``, by which ``make_schedule`` forms batches."""
+    """Reports the costs of ``linalg.norms.nuclear_norm``, by which ``make_schedule`` forms batches."""
 
     works_on_shards = True
 
     def polar_work(self) -> PolarWork:
-        """One Newton-Schulz iteration of ``_STEPS`` steps for each matrix."""
+        """Return the work of one Newton-Schulz iteration of ``_STEPS`` steps for each matrix."""
         return PolarWork(1, _STEPS)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Bytes of the gradient, two iterates, a product, and four squares of the short side."""
+        """Return the bytes of the gradient, two iterates, a product, and four squares of the short side."""
         return (4 * shape[0] * shape[1] + 4 * min(shape) ** 2) * dtype.itemsize
 
     def cut_workspace(self, cut: Cut, dtype: torch.dtype) -> int:
-        """Bytes of a rank's part of the gradient, in float64 too, and of six Gram matrices."""
+        """Return the bytes of a rank's shard of the gradient, in float64, too, and of six Gram matrices."""
         rows, columns = max(cut.lengths), cut.shape[1 - cut.dim]
         return 2 * rows * columns * dtype.itemsize + (rows * columns + 6 * columns**2) * 8
 
     def thin_sums(self, cut: Cut) -> None:
-        """No sums of thin blocks."""
+        """Return None, since nuclear norms need no sums of thin blocks."""
         return None
 
 
 def _gradient_norms(
     model: Sequence[Any], parameters: Sequence[ModelParameter], shared: SpectralConfig, groups: Any
 ) -> dict[str, tuple[str, str, float, float]]:
-    """``RankMeasurements.norms`` for this data-parallel rank's share of the weights."""
+    """Return ``RankMeasurements.norms`` for this data-parallel rank's share of the weights."""
     _gather_gradients(model)
     mine: dict[Tensor, ParameterLayout] = {}
     for is_expert, group in ((False, groups.dp_cp), (True, groups.expt_dp)):

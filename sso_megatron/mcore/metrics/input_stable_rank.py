@@ -14,7 +14,7 @@ from sso_megatron.parallel.shards import all_reduce, sum_over
 
 
 class InputStableRank:
-    """Measures from its construction until ``close``, and changes nothing in the model.
+    """Measures stable ranks from its construction until ``close``, and changes nothing in the model.
 
     Incoming activations ``A`` have a row for each token of the step, padding included. For an embedding
     they are one-hot, and the stable rank is 1 over the share of the most frequent token. A weight in a
@@ -22,7 +22,7 @@ class InputStableRank:
 
     Hooks see activations that are recomputed in the backward pass twice, which changes no stable rank.
 
-    Collectives in forward passes: where the columns of ``A`` are cut, those of
+    Collectives in forward passes: where the columns of ``A`` are sharded, those of
     ``linalg.norms.stable_rank.add_rows`` over the tensor-parallel group.
     """
 
@@ -37,7 +37,7 @@ class InputStableRank:
         embeddings = [p for p in parameters if hasattr(p.module, "num_embeddings")]
         self._counts = {p.name: _zeros(p, p.module.num_embeddings, dtype=torch.int64) for p in embeddings}
         self._linear = {p.name: p for p in parameters if p.name not in self._counts}
-        # A weight whose input this rank never sees counts, too: ranks that share it issue the same sums.
+        # Weights whose input this rank never sees are included: ranks that share one issue the same sums.
         self._rows = {
             name: StreamedRows(_zeros(p, dtype=torch.float64)) for name, p in self._linear.items()
         }
@@ -55,7 +55,7 @@ class InputStableRank:
             hook.remove()
 
     def _hook(self, own: list[ModelParameter]) -> Callable[..., None]:
-        """Hook for the module that the weights ``own`` belong to, in the module's order."""
+        """Return the hook for the module of the weights ``own``, which are in the module's order."""
 
         @torch.no_grad()
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -73,11 +73,11 @@ class InputStableRank:
         return hook
 
     def stable_ranks(self) -> dict[str, float]:
-        """Stable ranks by name of the weights that have had input; waits for the device.
+        """Return stable ranks by name of the weights that have had input; waits for the device.
 
         Collectives: one all-reduce for each embedding. Other weights are batched by the width of their
         activations and by the group of ranks that saw other tokens; each batch takes one all-reduce and
-        those of ``linalg.norms.stable_rank.squared_norms`` over that group, and where columns are cut one
+        those of ``linalg.norms.stable_rank.squared_norms`` over that group, and where columns are sharded one
         more over the tensor-parallel group.
         """
         found: dict[str, float] = {}
@@ -99,7 +99,10 @@ class InputStableRank:
         return {name: rank for name, rank in found.items() if math.isfinite(rank)}
 
     def _replicas(self, p: ModelParameter) -> Any:
-        """Ranks that may have seen other tokens; counting a token on several changes no stable rank."""
+        """Return the ranks that may have seen other tokens.
+
+        A token that several ranks count changes no stable rank.
+        """
         if p.is_expert:
             return self._groups.expt_dp
         return self._groups.dp_cp if p.partition_dim == 1 else self._groups.tp_dp_cp
@@ -110,19 +113,19 @@ def _zeros(p: ModelParameter, *shape: int, dtype: torch.dtype = torch.float32) -
 
 
 def _width(p: ModelParameter) -> int:
-    """Width of the activations that come into a weight, over all ranks."""
+    """Return the width of the activations that come into a weight, over all ranks."""
     return p.param.size(-1) * (p.tp_size if p.partition_dim == 1 else 1)
 
 
 def _part(p: ModelParameter) -> ShardView:
-    """Columns of the activations that come into this rank's shard."""
+    """Return the view of the activations' columns that come into this rank's shard of a weight."""
     if p.partition_dim != 1:
         return ShardView((0, _width(p)))
     return ShardView((0, _width(p)), sum_over(p.tp_group), p.tp_rank * p.param.size(-1))
 
 
 def _normed(module: Any, x: Tensor) -> Tensor:
-    """Input of a layer's product: some of TransformerEngine's layers normalize their input themselves."""
+    """Return a layer's input as it is multiplied: some TransformerEngine layers normalize it first."""
     weight = getattr(module, "layer_norm_weight", None)
     if weight is None:
         return x

@@ -11,7 +11,7 @@ from sso_megatron.runs.tables import EMPTY, Table, Tables, headlines
 
 
 def writers() -> list[Any]:
-    """Functions ``write(numbers, iteration)`` that log numbers by tag; none on most ranks."""
+    """Return functions ``write(numbers, iteration)`` that log numbers by tag; most ranks have none."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer
 
     found: list[Any] = []
@@ -29,7 +29,7 @@ def writers() -> list[Any]:
 
 
 def numbers(tables: Tables) -> dict[str, float]:
-    """Numbers by tag: for each column the median and the largest magnitude over a module's matrices.
+    """Return numbers by tag: each column's median and largest magnitude over a module's matrices.
 
     Tags are ``spectral/<column>/<module>``, ``spectral-largest/<column>/<module>``, ``health/<headline>``
     and ``health/<column>/<layer>``.
@@ -52,7 +52,7 @@ def _by_row(column: str, table: Table, values: np.ndarray) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=1)
 def _places(rows: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Places of each module's rows."""
+    """Return the indices of each module's rows."""
     found: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         found.setdefault(place_of(row)[0], []).append(place)

@@ -47,18 +47,20 @@ def _with_records(original: Function) -> Function:
 
 
 class LoopHooks:
-    """Functions of Megatron's loop, wrapped so that they report to a recorder; each returns what it did.
+    """Wraps functions of Megatron's loop so that they report to a recorder.
+
+    They return what Megatron's functions return, except that an unhealthy run exits.
 
     Collectives: those of the recorder's methods.
     """
 
     def __init__(self, recorder: Recorder) -> None:
-        """Take the recorder of this run."""
+        """Store the recorder of this run."""
         self._recorder = recorder
         self._is_test = False
 
     def table(self) -> dict[str, Callable[[Function], Function]]:
-        """By key of ``PRIVATE_NAMES`` the method that wraps what Megatron has there."""
+        """Return the methods that wrap Megatron's functions, by key of ``PRIVATE_NAMES``."""
         return {
             f"{_TRAINING}:train": self.train,
             f"{_TRAINING}:train_step": self.train_step,

@@ -1,4 +1,4 @@
-"""The loss of every iteration: kept on the device, and brought to the host with the next all-gather."""
+"""The losses of iterations, which stay on the device until the next all-gather."""
 
 import time
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ class IterationLoss:
     Attributes:
         iteration: its number.
         time: when it ended, in seconds since the epoch.
-        loss: on the device; None where this rank has none, as on all pipeline stages but the last.
+        loss: the loss on the device; None where this rank has none, as on all pipeline stages but the
+            last.
     """
 
     iteration: int
@@ -26,7 +27,7 @@ class IterationLoss:
 
 
 class PendingLosses:
-    """Iterations since the last all-gather. Never waits for the device; no collective."""
+    """Holds the iterations since the last all-gather. It never waits for the device. No collective."""
 
     def __init__(self) -> None:
         self._iterations: list[IterationLoss] = []
@@ -43,7 +44,7 @@ class PendingLosses:
 
 @torch.no_grad()
 def loss_vector(iterations: Sequence[IterationLoss], device: torch.device) -> Tensor:
-    """Loss of each iteration and 1, or two zeros where this rank has no loss: ``(2 iterations,)``."""
+    """Return each iteration's loss and 1, or two zeros without a loss on this rank: ``(2 iterations,)``."""
     pairs = torch.zeros(len(iterations), 2, device=device)
     for place, iteration in enumerate(iterations):
         if iteration.loss is not None:
@@ -52,11 +53,11 @@ def loss_vector(iterations: Sequence[IterationLoss], device: torch.device) -> Te
 
 
 def loss_lines(iterations: Sequence[IterationLoss], numbers: np.ndarray) -> list[dict[str, Any]]:
-    """A line of ``metrics.jsonl`` for each iteration, with the loss of the first rank that has one.
+    """Return a line of ``metrics.jsonl`` for each iteration, with the loss of the first rank that has one.
 
     Args:
-        iterations: as on this rank; every rank has the same ones.
-        numbers: ``(world, 2 iterations)``, ``loss_vector`` of all ranks.
+        iterations: this rank's; every rank has the same iterations.
+        numbers: ``(world, 2 iterations)``, the ``loss_vector`` of each rank.
     """
     lines: list[dict[str, Any]] = []
     for place, iteration in enumerate(iterations):

@@ -42,12 +42,12 @@ class Contribution:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the numbers of one table are among all ranks' numbers.
+    """The places of one table's numbers among all ranks' numbers.
 
     Attributes:
         rows: names of rows, in their natural order.
-        first: ``(keys,)`` place of each key's first number.
-        row: ``(keys,)`` place in ``rows`` of each key's row.
+        first: ``(keys,)`` index of each key's first number.
+        row: ``(keys,)`` index in ``rows`` of each key's row.
     """
 
     rows: tuple[str, ...]
@@ -56,7 +56,7 @@ class _Places:
 
 
 def gather_objects[T](mine: T) -> list[T]:
-    """Objects of all ranks, in the order of ranks.
+    """Return the objects of all ranks, in the order of ranks.
 
     Collectives: one all-gather of objects over the world.
     """
@@ -66,7 +66,7 @@ def gather_objects[T](mine: T) -> list[T]:
 
 
 def gather_vectors(vector: Tensor) -> Tensor:
-    """Vectors ``(n,)`` of all ranks as ``(world, n)`` on the device, which it does not wait for.
+    """Return vectors ``(n,)`` of all ranks as ``(world, n)``, without waiting for the device.
 
     Collectives: one all-gather over the world.
     """
@@ -76,14 +76,14 @@ def gather_vectors(vector: Tensor) -> Tensor:
 
 
 class RankGather:
-    """Order of the numbers that ranks send, on which all ranks agree once.
+    """Keeps the order of the numbers that ranks send, on which all ranks agree once.
 
     Collectives: one all-gather of objects over the world at construction; ``vector`` and ``tables`` issue
     none.
     """
 
     def __init__(self, contributions: Mapping[str, Contribution]) -> None:
-        """Take this rank's contributions by table, the same tables on every rank."""
+        """Agree on an order, from each rank's contributions by table; all ranks have the same tables."""
         everywhere = gather_objects(dict(contributions))
         # A rank without spectral weights does not know their columns.
         self._contributions = {
@@ -109,13 +109,13 @@ class RankGather:
         return _Places(tuple(rows), first, np.array([places[row] for row, _ in found], dtype=np.int64))
 
     def vector(self, values: Mapping[str, Tensor]) -> Tensor:
-        """This rank's numbers, ``(width,)`` float32, from ``(keys, columns)`` of each table."""
+        """Return this rank's numbers, ``(width,)`` float32, from ``(keys, columns)`` of each table."""
         parts = [values[name].float().flatten() for name in self._contributions]
         filled = sum(part.numel() for part in parts)
         return torch.cat([*parts, torch.zeros(self.width - filled, device=parts[0].device)])
 
     def tables(self, gathered: np.ndarray) -> dict[str, tuple[tuple[str, ...], dict[str, np.ndarray]]]:
-        """Rows of each table and its columns, ``(rows,)`` float64, from ``(world, width)`` numbers."""
+        """Return each table's rows and columns, ``(rows,)`` float64, from ``(world, width)`` numbers."""
         flat, tables = gathered.reshape(-1).astype(np.float64), {}
         for name, contribution in self._contributions.items():
             places = self._places[name]

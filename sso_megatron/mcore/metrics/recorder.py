@@ -1,7 +1,7 @@
-"""Records of a run: when losses and measurements of all ranks come together, and what is written then.
+"""The recorder of a run, which gathers losses and measurements of all ranks and writes them.
 
-Losses of every iteration and what ``--log-spectral-metrics`` measured travel together, in one all-gather at
-``--log-interval`` and at each measured iteration. ``runs.writer`` says what is written.
+Losses of every iteration and the measurements of ``--log-spectral-metrics`` are gathered together, in one
+all-gather at ``--log-interval`` and at each measured iteration. ``runs.writer`` says what is written.
 """
 
 import time
@@ -35,15 +35,15 @@ UNHEALTHY = 3
 
 
 class Recorder:
-    """Collects on every rank; rank 0 writes the run's files, and the rank of Megatron's loggers to those.
+    """Collects losses and measurements on every rank; rank 0 writes files, the loggers' rank to loggers.
 
     Attributes:
         seconds: length of the training loop, once it has ended.
-        val_loss: of the last evaluation of the validation set; None where this rank has none.
+        val_loss: loss of the last evaluation of the validation set; None where this rank has none.
     """
 
     def __init__(self, options: Any) -> None:
-        """Take Megatron's arguments; the folder of the run exists on rank 0."""
+        """Make the instruments that Megatron's arguments ask for; the run's folder must exist on rank 0."""
         self._options = options
         self._metrics = Metrics.from_options(options)
         self._criterion = Criterion.from_options(options)
@@ -59,7 +59,7 @@ class Recorder:
 
     @property
     def instruments(self) -> list[Any]:
-        """What measures training steps, the innermost first; each wraps ``train_step``."""
+        """The instruments that measure training steps, the innermost first; each wraps ``train_step``."""
         return [instrument for instrument in (self._criterion, self._metrics) if instrument is not None]
 
     @property
@@ -68,11 +68,11 @@ class Recorder:
         return self._health.stop_reason is not None
 
     def start(self, model: Any, optimizer: Any) -> None:
-        """Take what will be trained, and write ``run.json``. No collective.
+        """Store what is needed of model and optimizer, and write ``run.json``. No collective.
 
         Args:
             model: this rank's model chunks.
-            optimizer: Megatron's, which drops it when training ends; ``finish`` still needs it.
+            optimizer: Megatron's optimizer. Megatron drops it when training ends, and ``finish`` needs it.
         """
         self._optimizers = [part for part in spectral_optimizers(optimizer) if isinstance(part, SSO)]
         self._device = device_of(model)
@@ -89,7 +89,7 @@ class Recorder:
 
         Args:
             iteration: number of the iteration that has ended.
-            loss: on the device; None where this rank has none.
+            loss: its loss on the device; None where this rank has none.
             lr: its learning rate.
             grad_norm: its gradient norm; None where Megatron has none.
             is_skipped: whether the optimizer did not take this step.
@@ -101,13 +101,13 @@ class Recorder:
             self._write({"lr": lr, **norm}, measured, is_skipped)
 
     def finish(self, measure: bool) -> None:
-        """Write what is left, and ``summary.json``; every rank must call it.
+        """Write the iterations that are left, and ``summary.json``; every rank must call it.
 
         Collectives: those of ``add`` when it writes; with ``measure`` those of ``max_radius_error``; one
         all-gather of objects over the world.
 
         Args:
-            measure: whether to look at the trained weights for ``max_radius_error``.
+            measure: whether to measure the trained weights by ``max_radius_error``.
         """
         self._write({})
         measure = measure and bool(self._options.spectral_run_dir)
@@ -123,10 +123,10 @@ class Recorder:
             criterion_table.show(self._files.folder)
 
     def _write(self, scalars: Line, measured: torch.Tensor | None = None, is_skipped: bool = False) -> None:
-        """Bring the numbers of all ranks together, and write them where this rank does.
+        """Gather the numbers of all ranks, and write them if this rank writes.
 
         Args:
-            scalars: of the last iteration, the same on every rank.
+            scalars: numbers of the last iteration, the same on every rank.
             measured: this rank's numbers of the last iteration; None if it was not measured.
             is_skipped: whether the optimizer did not take the last iteration's step.
         """

@@ -18,14 +18,14 @@ from sso_megatron.runs.tables import Tables
 
 
 class Metrics:
-    """Measures every ``interval``-th iteration on the device, and leaves the others alone.
+    """Measures every ``interval``-th iteration on the device, and does not change other iterations.
 
     Collectives: that of ``RankGather`` at the first measured iteration, and those of
     ``optimizers.measures.spectral_norms`` at each. The recorder gathers the numbers themselves.
     """
 
     def __init__(self, interval: int, sees_activations: bool) -> None:
-        """Take the interval in iterations, and whether hooks see the model's forward passes."""
+        """Store the interval in iterations, and whether hooks see the model's forward passes."""
         self._interval = interval
         self._sees_activations = sees_activations
         self._meters: list[Any] = []
@@ -34,7 +34,7 @@ class Metrics:
 
     @classmethod
     def from_options(cls, options: Any) -> "Metrics | None":
-        """What Megatron's arguments ask for; None if they do not ask."""
+        """Return the metrics that Megatron's arguments ask for; None if they ask for none."""
         if not options.log_spectral_metrics:
             return None
         hidden = activation_meter.why_hidden(options)
@@ -77,12 +77,15 @@ class Metrics:
         )
 
     def take(self) -> Tensor | None:
-        """This rank's numbers of the last step if it was measured, only once; as many on every rank."""
+        """Return this rank's numbers of the last step, once; None if it was not measured.
+
+        All ranks have equally many numbers.
+        """
         taken, self._taken = self._taken, None
         return taken
 
     def tables(self, gathered: np.ndarray) -> Tables:
-        """The tables that the numbers of all ranks, ``(world, numbers)``, add up to."""
+        """Return the tables that the numbers of all ranks, ``(world, numbers)``, reduce to."""
         assert self._gather is not None
         reduced = self._gather.tables(gathered)
         tables = {"matrices": weight_meter.table(reduced["parts"], reduced["whole"])}

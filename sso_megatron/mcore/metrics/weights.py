@@ -1,4 +1,4 @@
-"""What each step of a spectral optimizer did to its weights, for ``--log-spectral-metrics``."""
+"""Measurements of what a spectral optimizer's step did to its weights, for ``--log-spectral-metrics``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +17,9 @@ _PARTS = ("weight_square", "update_square", "numel")
 
 
 class WeightMeter:
-    """Has optimizers measure a step, and keeps this rank's share of the results.
+    """Makes optimizers measure a step, and keeps this rank's share of the results.
 
-    Data-parallel ranks that step on the same matrices share out the reports among them. No collective.
+    Data-parallel ranks that step on the same matrices divide the reports among them. No collective.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class WeightMeter:
             optimizers: this rank's spectral optimizers, all of one class.
             is_sharded: whether data-parallel ranks step on different matrices.
             groups: Megatron's process groups.
-            device: where this rank's numbers are, of which it may have none.
+            device: device of this rank's numbers; a rank may have none.
         """
         self._optimizers, self._device = optimizers, device
         self._parts: list[tuple[str, Key]] = []  # with the name that the optimizer has for the matrix
@@ -59,19 +59,19 @@ class WeightMeter:
 
     @property
     def contributions(self) -> dict[str, Contribution]:
-        """Rows that this rank reports: its parts of matrices, and the matrices that it works on."""
+        """The rows that this rank reports: its shards of matrices, and the matrices that it works on."""
         return {
             "parts": Contribution([key for _, key in self._parts], sums=_PARTS),
             "whole": Contribution([key for _, key in self._whole], sums=self._columns),
         }
 
     def start(self) -> None:
-        """Have the next step measured."""
+        """Make the optimizers measure the next step."""
         for optimizer in self._optimizers:
             optimizer.measures = StepMeasures()
 
     def finish(self) -> dict[str, Tensor]:
-        """The numbers for ``contributions``; NaN where no step was taken."""
+        """Return the numbers for ``contributions``; NaN where no step was taken."""
         parts: dict[str, Tensor] = {}
         whole: dict[str, Tensor] = {}
         for optimizer in self._optimizers:
@@ -88,7 +88,7 @@ class WeightMeter:
     def _stacked(
         self, matrices: list[tuple[str, Key]], values: dict[str, Tensor], num_columns: int
     ) -> Tensor:
-        """``(matrices, columns)``, NaN for a matrix without values."""
+        """Return the values as ``(matrices, columns)``, NaN for a matrix without values."""
         unknown = torch.full((num_columns,), torch.nan, device=self._device)
         rows = [values.get(name, unknown) for name, _ in matrices]
         return torch.stack(rows) if rows else unknown.new_empty(0, num_columns)
@@ -98,7 +98,7 @@ def table(
     parts: tuple[tuple[str, ...], dict[str, np.ndarray]],
     whole: tuple[tuple[str, ...], dict[str, np.ndarray]],
 ) -> Table:
-    """The table ``matrices`` from rows and columns that ``RankGather`` has reduced.
+    """Return the table ``matrices`` from rows and columns that ``RankGather`` has reduced.
 
     ``update_rms`` and ``update_ratio`` measure the weight's whole change in the step, which includes
     retraction and weight decay.

@@ -1,1 +1,1 @@
-"""The optimizers in Megatron's factory, its training loop and its checkpoints."""
+"""The adapters by which our optimizers work in Megatron's factory, training loop and checkpoints."""

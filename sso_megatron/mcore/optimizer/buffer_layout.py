@@ -1,8 +1,8 @@
-"""Where whole matrices lie in the buffers of data parallelism, and hence which rank steps on which.
+"""The places of whole matrices in the buffers of data parallelism, which decide what rank steps on each.
 
-Megatron reduce-scatters gradients and all-gathers parameters by buffer: a buffer is a row of buckets, a
-bucket one shard for each data-parallel rank. A matrix that lies in one shard reaches the rank that
-steps on it whole, by the same collectives that cut other parameters anywhere.
+Megatron reduce-scatters gradients and all-gathers parameters by buffer: a buffer is a sequence of buckets,
+and a bucket has one shard for each data-parallel rank. A matrix that lies in one shard reaches the rank
+that steps on it whole, by the same collectives that split other parameters anywhere.
 """
 
 import math
@@ -16,23 +16,23 @@ from torch import Tensor
 from sso_megatron.matrices.layout import ParameterLayout
 from sso_megatron.parallel.cost import PolarWork
 
-# In elements: where a parameter may start in Megatron's distributed buffers.
+# A parameter may start at multiples of this many elements in Megatron's distributed buffers.
 _ALIGNMENT = 64
-# A bucket takes further matrices until they would fill its shards to this part, if each shard were
+# A bucket takes further matrices until they would fill this fraction of its shards, if each shard were
 # as large as the largest matrix: Megatron's own measure against padding.
 _FILL = 0.9
 _STEP = PolarWork(num_trials=1, num_steps=1)
 
 
 def step_costs(layouts: Iterable[tuple[Tensor, ParameterLayout]]) -> dict[Tensor, float]:
-    """What a Newton-Schulz step on each parameter costs, over all its logical matrices.
+    """Return the FLOPs of a Newton-Schulz step on each parameter, summed over its logical matrices.
 
-    The rest of a spectral step is proportional to it or small, and tensor parallelism leaves every
-    data-parallel rank the same part of it. Ranks of a tensor-parallel group must put a parameter into
+    The rest of a spectral step is proportional to that cost or small, and tensor parallelism leaves every
+    data-parallel rank the same share of it. Ranks of a tensor-parallel group must put a parameter into
     the same shard, since they work on it together, but may hold different matrices of it: the largest
-    of their figures counts.
+    of their costs is used.
 
-    Collectives: one gather of objects over each tensor-parallel group, dense parameters' first.
+    Collectives: one all-gather of objects over each tensor-parallel group, dense parameters' group first.
     """
     by_kind: tuple[list[tuple[Tensor, ParameterLayout]], ...] = ([], [])
     for param, layout in layouts:
@@ -51,15 +51,15 @@ def step_costs(layouts: Iterable[tuple[Tensor, ParameterLayout]]) -> dict[Tensor
 
 
 def is_expert_parallel(param: Tensor) -> bool:
-    """Whether the experts' own data-parallel group reduces the parameter's gradient."""
+    """Return whether the experts' own data-parallel group reduces the parameter's gradient."""
     return not getattr(param, "allreduce", True)
 
 
 def owners(layout: Any) -> dict[Tensor, int]:
-    """The data-parallel rank in whose shard each parameter of a buffer lies.
+    """Return the data-parallel rank in whose shard each parameter of a buffer lies.
 
     Args:
-        layout: Megatron's ``PerBufferParamLayout``, from ``ShardLayout``.
+        layout: Megatron's ``PerBufferParamLayout``, made by ``ShardLayout``.
     """
     found = {}
     for param, (start, _, bucket) in layout.param_index_map.items():
@@ -71,16 +71,16 @@ def owners(layout: Any) -> dict[Tensor, int]:
 class ShardLayout:
     """Lays out buffers of whole matrices so that every rank's spectral steps cost about the same.
 
-    Rule: matrices go to the rank that has least work so far, over all buckets and model chunks, the
-    most expensive first, but no bucket becomes larger than packing its matrices by size alone would
-    make it. Where that rule stands in the way, the matrices are packed by size and the most expensive
-    pack goes to the rank that has least work.
+    Rule: matrices go to the rank that has the least work so far, over all buckets and model chunks, the
+    most expensive matrix first, but no bucket becomes larger than packing its matrices by size alone would
+    make it. Where that limit allows no such assignment, or only a worse one, the matrices are packed by
+    size, and the most expensive pack goes to the rank that has the least work.
     """
 
     def __init__(self, costs: dict[Tensor, float]) -> None:
-        """Take the cost of a step on each parameter."""
+        """Store the cost of a step on each parameter."""
         self._costs = costs
-        self._work: dict[bool, list[float]] = {}  # of each rank; of experts apart, in their own group
+        self._work: dict[bool, list[float]] = {}  # of each rank; experts' apart, by their own group
 
     def per_buffer(
         self,
@@ -90,14 +90,16 @@ class ShardLayout:
         ddp_config: Any,
         param_indices: list[int] | None = None,
     ) -> Any:
-        """Megatron's ``PerBufferParamLayout`` of one buffer; called on each in the order of their making.
+        """Return Megatron's ``PerBufferParamLayout`` of one buffer.
+
+        It is called once for each buffer, in the order in which buffers are made.
 
         Args:
-            params: of the buffer, in the model's order; the backward pass takes them in reverse.
+            params: the buffer's parameters in the model's order; the backward pass takes them in reverse.
             bucket_size: elements at which a bucket is full; None for a single bucket.
-            data_parallel_world_size: shards of a bucket.
-            ddp_config: for the padding of buckets.
-            param_indices: passed through.
+            data_parallel_world_size: number of shards in a bucket.
+            ddp_config: Megatron's DDP configuration, which decides the padding of buckets.
+            param_indices: passed through to the layout.
         """
         from megatron.core.optimizer.param_layout import PerBufferParamLayout, bucket_end_divisor
 
@@ -130,7 +132,7 @@ class ShardLayout:
         return layout
 
     def _assign(self, members: list[Tensor], work: list[float]) -> "list[_Shard]":
-        """The bucket's shards, in the order of the ranks."""
+        """Return the shards of a bucket with ``members``, in the order of the ranks."""
         packs = self._pack_by_size(members, len(work))
         limit = max(pack.end for pack in packs)
         packs.sort(key=lambda pack: pack.cost, reverse=True)
@@ -143,14 +145,17 @@ class ShardLayout:
         return by_cost
 
     def _pack_by_size(self, members: list[Tensor], num_shards: int) -> "list[_Shard]":
-        """Largest first, each to the emptiest shard."""
+        """Return shards where each parameter went to the emptiest shard, the largest parameter first."""
         shards = [_Shard() for _ in range(num_shards)]
         for param in sorted(members, key=lambda p: p.numel(), reverse=True):
             min(shards, key=lambda shard: shard.end).add(param, self._costs[param])
         return shards
 
     def _pack_by_cost(self, members: list[Tensor], work: list[float], limit: int) -> "list[_Shard] | None":
-        """Most expensive first, each to the rank with least work that has room; None if one has no room."""
+        """Return shards of at most ``limit`` elements, or None if some parameter fits into none of them.
+
+        Each parameter goes to the rank with the least work that it fits on, the most expensive first.
+        """
         shards = [_Shard() for _ in work]
         for param in sorted(members, key=lambda p: (self._costs[p], p.numel()), reverse=True):
             room = [i for i, shard in enumerate(shards) if shard.end_with(param) <= limit]
@@ -163,7 +168,7 @@ class ShardLayout:
 
 @dataclass
 class _Shard:
-    """What one rank gets of a bucket: parameters with where they start, in elements."""
+    """One rank's shard of a bucket: its parameters with their first elements, its length and its cost."""
 
     places: list[tuple[Tensor, int]] = field(default_factory=list)
     end: int = 0
@@ -183,7 +188,7 @@ def _most_work(shards: list[_Shard], work: list[float]) -> float:
 
 
 def _buckets(params: Sequence[Tensor], bucket_size: int | None, num_shards: int) -> Iterator[list[Tensor]]:
-    """Runs of parameters that the backward pass takes one after the other."""
+    """Yield the parameters of each bucket, in the order in which the backward pass takes them."""
     members: list[Tensor] = []
     total = largest = 0
     for param in reversed(params):

@@ -1,9 +1,9 @@
 """The chain of spectral and AdamW optimizers that Megatron trains with, and its state in checkpoints.
 
-Imports Megatron, hence is itself imported when an optimizer is built and not before.
+This module imports Megatron, so it may only be imported when an optimizer is built.
 
 The state has one form, whatever the parallel layout and whether it is sharded over data-parallel ranks:
-tensors of a parameter's shape under ``optimizer.state.<what>.<Megatron's key of the parameter>``, with the
+tensors of a parameter's shape under ``optimizer.state.<name>.<Megatron's key of the parameter>``, with the
 parameter's own sharding, and one small object for each logical matrix under
 ``optimizer.spectral.<its name>``. So a checkpoint of one layout loads in any other.
 """
@@ -40,22 +40,22 @@ from sso_megatron.optimizers.spectral_clip import SpectralClip
 
 Replica = int | tuple[int, ...]
 
-# Marks our form of the state.
+# The key that marks our form of the state, and the version of that form.
 _FORM, _VERSION = "sso_megatron", 1
 
 
 class SpectralChain(ChainedOptimizer):
-    """Spectral and AdamW optimizers of a model.
+    """Chains the spectral and AdamW optimizers of a model.
 
-    Beside its state in checkpoints it differs from its base (Megatron-Core 0.19) in this: a step whose
-    gradient norm is not finite is skipped, on all ranks alike, as the norm is that of the whole model.
-    The base goes on unless ``--grad-norm-skip-threshold`` is given, and then lets NaN pass. It also counts
-    gradients that tensor-parallel ranks hold copies of on one of them alone, and would not see that
-    another's copy is spoilt.
+    Apart from its state in checkpoints it differs from its base (Megatron-Core 0.19) in this: a step whose
+    gradient norm is not finite is skipped, on all ranks alike, since the norm is that of the whole model.
+    The base goes on unless ``--grad-norm-skip-threshold`` is given, and then lets NaN pass. Where
+    tensor-parallel ranks hold copies of a gradient, the base also counts only one rank's copy, and would
+    not see that another rank's copy is not finite.
     """
 
     def __init__(self, chained_optimizers: list[Any], model_chunks: Sequence[Any]) -> None:
-        """Take Megatron's optimizers, of which a rank may have none, and this rank's part of the model."""
+        """Chain Megatron's optimizers, of which a rank may have none, for this rank's model chunks."""
         super().__init__(chained_optimizers)
         self._device = device_of(model_chunks)
         self._grad_norm = 0.0
@@ -63,9 +63,9 @@ class SpectralChain(ChainedOptimizer):
             setattr(optimizer, grads_for_norm(), _with_spoilt_copies(optimizer))
 
     def get_grad_norm(self) -> float:
-        """Norm of the whole model's gradient, the same on every rank; of what ``pre_clip_`` leaves of it.
+        """Return the norm of the whole model's gradient after ``pre_clip_``, the same on every rank.
 
-        Collectives: those of ``SpectralClip.pre_clip_`` and Megatron's.
+        Collectives: those of ``SpectralClip.pre_clip_`` and of Megatron's gradient norm.
         """
         for optimizer in leaves(self.chained_optimizers):
             if isinstance(optimizer.optimizer, SpectralClip):
@@ -74,7 +74,7 @@ class SpectralChain(ChainedOptimizer):
         return self._grad_norm
 
     def step_with_ready_grads(self) -> bool:
-        """Step every part, or none."""
+        """Step every optimizer of the chain, or none where the gradient norm is not finite."""
         if not math.isfinite(self._grad_norm):
             if dist.get_rank() == 0:
                 norm = float(self._grad_norm)
@@ -83,7 +83,7 @@ class SpectralChain(ChainedOptimizer):
         return self._step_parts()
 
     def _synchronize_steps(self) -> Any:
-        """As the base's, which compares counters by value."""
+        """Synchronize step counters as the base does; it can compare integers, but not tensors."""
         for optimizer in leaves(self.chained_optimizers):
             for group in optimizer.optimizer.param_groups:
                 if isinstance(group.get("step"), Tensor):
@@ -96,13 +96,14 @@ class SpectralChain(ChainedOptimizer):
     def sharded_state_dict(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, **_: Any
     ) -> dict[str, Any]:
-        """The state for a distributed checkpoint.
+        """Return the state for a distributed checkpoint.
 
-        Collectives: to save, those of the parts' ``read`` and one all-reduce over the world; to load, none.
+        Collectives: to save, those of each ``StateAdapter.read`` and one all-reduce over the world; to
+        load, none.
 
         Args:
-            model_sharded_state_dict: Megatron's, of the model's parameters.
-            is_loading: make tensors to load into.
+            model_sharded_state_dict: Megatron's sharded state dict of the model's parameters.
+            is_loading: whether to return tensors to load into.
         """
         parts = list(state_adapters(self))
         entries = _entries_by_parameter(model_sharded_state_dict)
@@ -111,18 +112,21 @@ class SpectralChain(ChainedOptimizer):
             "state": {str(i): _sharded_tensors(state, entries) for i, state in enumerate(states)},
             "spectral": _spectral_objects(parts, entries, is_loading),
         }
-        if is_loading:  # what is not sharded comes from the checkpoint
+        if is_loading:  # entries that are not sharded come from the checkpoint
             return sharded
         return sharded | {_FORM: _VERSION, "step": self._largest_step(parts)}
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Take over a checkpoint's state.
+        """Load a checkpoint's state.
 
         Collectives: one all-reduce over the world.
 
         Args:
-            state_dict: ``sharded_state_dict`` with its values loaded, or a list of the parts' own
-                (checkpoints in the format ``torch``).
+            state_dict: the result of ``sharded_state_dict`` with its values loaded, or a list of the
+                chained optimizers' own state dicts (checkpoints in the format ``torch``).
+
+        Raises:
+            ValueError: the state has a form of another version.
         """
         if _FORM not in state_dict:
             super().load_state_dict(state_dict)
@@ -150,7 +154,7 @@ class SpectralChain(ChainedOptimizer):
             )
 
     def _largest_step(self, parts: list[StateAdapter]) -> int:
-        """Steps taken so far; a rank may have no state that counts them."""
+        """Return the steps taken so far, the largest count of all ranks, since a rank may count none."""
         step = torch.tensor(max((step_of(part.inner) for part in parts), default=0), device=self._device)
         dist.all_reduce(step, op=dist.ReduceOp.MAX)
         return int(step)
@@ -159,7 +163,7 @@ class SpectralChain(ChainedOptimizer):
 def _spectral_objects(
     parts: list[StateAdapter], entries: dict[int, Any], is_loading: bool
 ) -> dict[str, ShardedObject]:
-    """One object for each logical matrix that this rank works on."""
+    """Return one object for each logical matrix that this rank works on, by its global name."""
     objects = {}
     for part, optimizer in _spectral(parts):
         kept = {} if is_loading else optimizer.spectral_state()
@@ -181,7 +185,11 @@ def _spectral_objects(
 
 
 def _load_spectral(parts: list[StateAdapter], loaded: dict[str, Any]) -> tuple[int, int]:
-    """Take over what a checkpoint has of logical matrices; how many it lacks, and how many there are."""
+    """Load a checkpoint's state of logical matrices.
+
+    Returns:
+        The number of this rank's matrices that have no state that fits, and the number of all of them.
+    """
     num_missing = num_matrices = 0
     for _, optimizer in _spectral(parts):
         states = {}
@@ -202,14 +210,17 @@ def _spectral(parts: list[StateAdapter]) -> Iterator[tuple[WholeStateAdapter, Sp
 
 
 def _matrix_replica(batch: MatrixBatch, of_parameter: Replica) -> Replica:
-    """Ranks that gather cut matrices all hold what is kept of them; owners are alone with theirs."""
+    """Return the replica id of a matrix's state.
+
+    Ranks that gather a sharded matrix all hold its state, and an owner alone holds that of its matrices.
+    """
     if batch.shards is None or batch.mode == "owner":
         return of_parameter
     return (batch.shards.rank, *(of_parameter if isinstance(of_parameter, tuple) else (of_parameter,)))
 
 
 def global_matrix_name(member: Member) -> str:
-    """Name of a logical matrix, the same however experts are stored."""
+    """Return the name of a logical matrix, which is the same however experts are stored."""
     return expert_by_itself(member.name)
 
 
@@ -220,7 +231,10 @@ def _members(optimizer: SpectralOptimizer) -> Iterator[tuple[MatrixBatch, Member
 
 
 def _with_spoilt_copies(optimizer: Any) -> Callable[..., list[Tensor]]:
-    """Gradients of the norm, and a zero for those that it leaves out: NaN if one is spoilt."""
+    """Return a method that adds one number to the gradients of the norm.
+
+    It is NaN if a gradient that the norm leaves out is not finite, and else zero.
+    """
     original = getattr(optimizer, grads_for_norm())
 
     def get_grads_for_grad_norm(*args: Any, **kwargs: Any) -> list[Tensor]:
@@ -234,7 +248,7 @@ def _with_spoilt_copies(optimizer: Any) -> Callable[..., list[Tensor]]:
 
 
 def _entries_by_parameter(model_sharded_state_dict: dict[str, Any]) -> dict[int, Any]:
-    """What Megatron says of each parameter's place in the checkpoint, by the parameter's id."""
+    """Return Megatron's entry for each parameter in the checkpoint, by the parameter's ``id``."""
     entries: dict[int, Any] = {}
     for entry in nested_values(extract_sharded_tensors_and_factories(model_sharded_state_dict)[0]):
         entries.setdefault(id(entry.data), entry)
@@ -257,7 +271,7 @@ def _sharded_tensors(state: ParameterState, entries: dict[int, Any]) -> dict[str
 
 
 def _among_replicas(replica_id: Replica, data_parallel: int | None) -> Replica:
-    """``replica_id`` with another data-parallel place: its last number."""
+    """Return ``replica_id`` with ``data_parallel`` as its last number; unchanged if that is None."""
     if data_parallel is None:
         return replica_id
     return (*replica_id[:-1], data_parallel) if isinstance(replica_id, tuple) else data_parallel

@@ -1,6 +1,6 @@
-"""The sharded optimizer: whole matrices on data-parallel ranks, AdamW's parameters cut anywhere.
+"""The sharded optimizer: data-parallel ranks own whole matrices, and AdamW's parameters are split anywhere.
 
-Imports Megatron, hence is itself imported when an optimizer is built and not before.
+This module imports Megatron, so it may only be imported when an optimizer is built.
 """
 
 import copy
@@ -23,18 +23,18 @@ from sso_megatron.mcore.optimizer.param_gather import ParamGather
 
 
 class SpectralLayerWiseOptimizer(LayerWiseDistributedOptimizer):
-    """The spectral optimizer of the matrices that lie in this rank's shards.
+    """Wraps the spectral optimizer of the matrices that lie in this rank's shards.
 
-    It differs from its base (Megatron-Core 0.19, ``layer_wise_optimizer.py``) in this:
+    It differs from its base (Megatron-Core 0.19, ``layer_wise_optimizer.py``) in three points:
 
     - Experts are sharded over their own group even where the dense data-parallel group has one rank
       (TP 2, ETP 1): the base's ``shard_params`` returns early, although their gradients are
       reduce-scattered.
-    - In float32 it wraps the optimizer in ``FP32Optimizer``; the base leaves it bare, and training ends
-      with ``no attribute get_loss_scale``.
+    - In float32 it wraps the optimizer in ``FP32Optimizer``; the base does not, and training ends with
+      ``no attribute get_loss_scale``.
     - Parameters are gathered by ``ShardedChain``, not here.
 
-    A rank may own no matrix at all; it takes part in every collective all the same.
+    A rank may own no matrix at all; it still takes part in every collective.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class SpectralLayerWiseOptimizer(LayerWiseDistributedOptimizer):
         """Keep this rank's matrices of ``optimizer`` and wrap it.
 
         Args:
-            optimizer: with the matrices of all ranks.
-            init_state_fn: makes its state.
+            optimizer: the torch optimizer with the matrices of all ranks.
+            init_state_fn: function that makes its state.
             config: Megatron's ``OptimizerConfig``.
-            model_chunks: wrapped in Megatron's DDP, with buffers by ``ShardLayout``.
+            model_chunks: model chunks wrapped in Megatron's DDP, with buffers laid out by ``ShardLayout``.
             pg_collection: Megatron's process groups.
-            grad_stats_parallel_group: ranks whose matrices together are all matrices, each once.
+            grad_stats_parallel_group: ranks that together hold every matrix exactly once.
         """
         if not config.bf16:
             optimizer = FP32Optimizer(optimizer, config, init_state_fn)
@@ -64,14 +64,14 @@ class SpectralLayerWiseOptimizer(LayerWiseDistributedOptimizer):
             part.tp_group, part.expert_tp_group = pg_collection.tp, pg_collection.expt_tp
 
     def get_grads_for_grad_norm(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
-        """What the wrapped optimizer counts; the base would go past it to its parameters."""
+        """Return the gradients that the wrapped optimizer counts; the base would read its parameters'."""
         name = private_api.grads_for_norm()
         return [g for part in self.chained_optimizers for g in getattr(part, name)(*args, **kwargs)]
 
     get_main_grads_for_grad_norm = get_grads_for_grad_norm  # its name in 0.18
 
     def shard_params(self, optimizers: list[Any], full_param_layouts: Any = None) -> None:
-        """Take the matrices of other ranks out of the parameter groups. No collective."""
+        """Remove the matrices of other ranks from the parameter groups, in place. No collective."""
         self.dp_cp_params_list = self.expt_dp_params_list = None  # the base's, for its own gather
         groups = self.pg_collection
         mine = {
@@ -88,15 +88,15 @@ class SpectralLayerWiseOptimizer(LayerWiseDistributedOptimizer):
 
 
 class ShardedChain(SpectralChain):
-    """Spectral and AdamW optimizers whose parameters are gathered together.
+    """Chains spectral and AdamW optimizers, and gathers the parameters of all of them together.
 
-    In Megatron-Core 0.19 each part gathers the bucket groups that it takes for its own by their first
+    In Megatron-Core 0.19 each optimizer gathers the bucket groups that it takes for its own by their first
     bucket. From the second model chunk on (interleaved pipelines) one group holds the buckets of all
-    parts and is gathered before the last of them has stepped: parameters stay one step behind.
+    optimizers and is gathered before the last of them has stepped: parameters stay one step behind.
     """
 
     def __init__(self, chained_optimizers: list[Any], model_chunks: list[Any]) -> None:
-        """Take Megatron's optimizers and this rank's model chunks, wrapped in its DDP."""
+        """Chain Megatron's optimizers for this rank's model chunks, which are wrapped in Megatron's DDP."""
         super().__init__(chained_optimizers, model_chunks)
         self._adamw = [part for part in chained_optimizers if isinstance(part, DistributedOptimizer)]
         self._spectral = [part for part in chained_optimizers if part not in self._adamw]
@@ -105,13 +105,13 @@ class ShardedChain(SpectralChain):
 
     @torch.no_grad()
     def _step_parts(self) -> bool:
-        """Step every part, AdamW first, since it is fast, and gather.
+        """Step every optimizer, AdamW first since it is fast, and gather the parameters.
 
-        Collectives: those of the parts; with ``overlap_param_gather`` no more, for the next forward pass
-        gathers; else one all-gather of each bucket over its data-parallel group, most of them started
-        while the spectral part steps.
+        Collectives: those of the optimizers; with ``overlap_param_gather`` no others, since the next
+        forward pass gathers; else one all-gather of each bucket over its data-parallel group, most of them
+        started while the spectral optimizer steps.
         """
-        # What the classes inherit: their own steps would gather.
+        # The steps that the classes inherit, since their own steps would gather.
         success = all([super(DistributedOptimizer, part).step_with_ready_grads() for part in self._adamw])
         overlaps = self.config.overlap_param_gather
         if self._has_stepped and not overlaps and not any(map(_gathers_quantized, self.model_chunks)):
@@ -131,7 +131,7 @@ class ShardedChain(SpectralChain):
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        """Megatron's timer of that name."""
+        """Measure the body with Megatron's timer ``name``."""
         timers = self.config.timers
         if timers is not None:
             timers(name, log_level=1).start(barrier=self.config.barrier_with_L1_time)
@@ -141,12 +141,12 @@ class ShardedChain(SpectralChain):
 
 
 def _gathers_quantized(chunk: Any) -> bool:
-    """Whether what is gathered is not what the parameters hold."""
+    """Return whether a chunk gathers quantized values, which are not those that its parameters hold."""
     return any(getattr(chunk.ddp_config, name, False) for name in ("fp8_param_gather", "fp4_param_gather"))
 
 
 def build(config: Any, model_chunks: list[Any], config_overrides: Any, pg_collection: Any) -> ShardedChain:
-    """The sharded optimizer of a model whose parameters were routed before DDP made its buffers.
+    """Return the sharded optimizer of a model whose parameters were routed before DDP made its buffers.
 
     Megatron's own factory (0.19, ``_get_megatron_emerging_optimizer``) asserts on AdamW's experts; here
     they get a ``DistributedOptimizer`` of their own, over their own data-parallel group.
@@ -154,13 +154,13 @@ def build(config: Any, model_chunks: list[Any], config_overrides: Any, pg_collec
     Collectives: one gather of objects over the world.
 
     Args:
-        config: Megatron's ``OptimizerConfig``, ``optimizer`` one of ours.
-        model_chunks: wrapped in Megatron's DDP.
-        config_overrides: settings by parameter.
+        config: Megatron's ``OptimizerConfig``, in which ``optimizer`` is one of ours.
+        model_chunks: model chunks wrapped in Megatron's DDP.
+        config_overrides: settings by parameter, as Megatron's factory takes them.
         pg_collection: Megatron's process groups.
 
     Raises:
-        UnsupportedError: DDP's buffers are not laid out for it.
+        UnsupportedError: DDP's buffers are not laid out for the sharded optimizer.
     """
     if not all(map(_has_shards, model_chunks)):
         raise UnsupportedError(
@@ -208,7 +208,7 @@ def _adamw(
     process_groups: dict[str, Any],
     pg_collection: Any,
 ) -> Any:
-    """Megatron's ``DistributedOptimizer`` of dense groups, or of expert-parallel ones."""
+    """Return Megatron's ``DistributedOptimizer`` of dense parameter groups, or of expert-parallel ones."""
     is_expert = groups[0]["is_expert_parallel"]
     own_config = copy.copy(config)
     own_config.optimizer, own_config.use_distributed_optimizer = groups[0]["optimizer"], True
@@ -229,7 +229,7 @@ def _adamw(
         intra_dist_opt_group=process_groups["intra_dist_opt_group"],
         pg_collection=pg_collection,
     )
-    optimizer.config = config  # a chain insists that its parts share one
+    optimizer.config = config  # a chain insists that its optimizers share one
     return optimizer
 
 

@@ -1,6 +1,6 @@
-"""What each of Megatron's optimizer classes keeps of a parameter, in the parameter's own shape.
+"""The state that Megatron's optimizer classes keep for each parameter, in the parameter's own shape.
 
-Imports Megatron, hence is itself imported when an optimizer is built and not before.
+This module imports Megatron, so it may only be imported when an optimizer is built.
 """
 
 import itertools
@@ -23,13 +23,13 @@ from sso_megatron.optimizers.base import SpectralOptimizer
 
 @dataclass
 class ParameterState:
-    """State of one parameter.
+    """The optimizer state of one parameter.
 
     Attributes:
         param: the model's parameter.
-        tensors: of its shape, by name: ``exp_avg``, ``momentum_buffer``, ``fp32_param``.
-        replica: place among the data-parallel ranks that have this state, 0 for the one that writes it;
-            None where all of them have it.
+        tensors: tensors of its shape, by name: ``exp_avg``, ``momentum_buffer``, ``fp32_param``.
+        replica: place of this rank among the data-parallel ranks that have this state, 0 for the rank that
+            writes it; None where all of them have it.
     """
 
     param: Tensor
@@ -38,7 +38,7 @@ class ParameterState:
 
 
 class StateAdapter(Protocol):
-    """One optimizer of a chain.
+    """Reads and writes the state of one optimizer of a chain.
 
     Attributes:
         inner: the torch optimizer.
@@ -47,17 +47,17 @@ class StateAdapter(Protocol):
     inner: torch.optim.Optimizer
 
     def read(self) -> Iterator[ParameterState]:
-        """The state that this rank writes to a checkpoint, or that others hold as well."""
+        """Yield the state that this rank writes to a checkpoint, or holds a copy of."""
 
     def targets(self) -> Iterator[ParameterState]:
-        """What this rank needs from a checkpoint, always in the same order. No collective."""
+        """Yield tensors for the state that this rank loads, always in the same order. No collective."""
 
     def write_(self, states: Iterator[ParameterState]) -> None:
-        """Take over what ``targets`` asked for. No collective."""
+        """Write loaded states into the optimizer; they are in the order of ``targets``. No collective."""
 
 
 def leaves(optimizers: Iterable[Any]) -> Iterator[Any]:
-    """Megatron's optimizers below chains of them; without those of a model that is frozen altogether."""
+    """Yield the optimizers inside chains of them; one of an entirely frozen model is left out."""
     for optimizer in optimizers:
         if isinstance(optimizer, ChainedOptimizer):
             yield from leaves(optimizer.chained_optimizers)
@@ -66,7 +66,7 @@ def leaves(optimizers: Iterable[Any]) -> Iterator[Any]:
 
 
 def state_adapters(chain: ChainedOptimizer) -> Iterator[StateAdapter]:
-    """The parts of what Megatron built, in the same order on every rank, with their state made."""
+    """Yield an adapter for each optimizer of a chain, after making its state; all ranks have one order."""
     for member in chain.chained_optimizers:
         is_sharded = isinstance(member, LayerWiseDistributedOptimizer)
         for optimizer in leaves([member]):
@@ -76,7 +76,7 @@ def state_adapters(chain: ChainedOptimizer) -> Iterator[StateAdapter]:
 
 
 def _init_state(optimizer: Any) -> None:
-    """Make the state that the first step would make."""
+    """Make an optimizer's state as its first step would."""
     inner = optimizer.optimizer
     optimizer.init_state_fn(inner, optimizer.config)
     if _counts_by_parameter(inner):
@@ -90,14 +90,14 @@ def _counts_by_parameter(inner: torch.optim.Optimizer) -> bool:
 
 
 def step_of(inner: torch.optim.Optimizer) -> int:
-    """Steps that AdamW has taken, by which it corrects its bias; 0 of an optimizer that does not count."""
+    """Return the steps that AdamW has taken, for its bias correction; 0 if the optimizer does not count."""
     by_parameter = next((state["step"] for state in inner.state.values() if "step" in state), 0)
-    # FusedAdam counts by group, and an empty one not at all.
+    # FusedAdam counts by group, and does not count in an empty group.
     return max(int(by_parameter), *(int(group.get("step", 0)) for group in inner.param_groups), 0)
 
 
 def set_step(inner: torch.optim.Optimizer, step: int) -> None:
-    """Go on counting from ``step``."""
+    """Set the optimizer's step counters to ``step``."""
     if isinstance(inner, SpectralOptimizer) and not inner.counts_steps:
         return
     if not _counts_by_parameter(inner):  # FusedAdam of TransformerEngine or apex
@@ -105,24 +105,24 @@ def set_step(inner: torch.optim.Optimizer, step: int) -> None:
             group["step"] = step
     for state in inner.state.values():
         if "step" in state:
-            # One tensor each: torch counts in place.
+            # Each parameter needs its own tensor, since torch counts in place.
             state["step"] = torch.full_like(state["step"], step)
 
 
 class WholeStateAdapter:
-    """An optimizer of whole parameters: Megatron's in float32 or with float32 masters.
+    """Adapts an optimizer of whole parameters: Megatron's in float32 or with float32 masters.
 
     Attributes:
         inner: the torch optimizer.
-        is_sharded: whether other data-parallel ranks hold other parameters, not copies of these.
+        is_sharded: whether data-parallel ranks hold different parameters instead of copies of the same.
     """
 
     def __init__(self, optimizer: Any, is_sharded: bool) -> None:
-        """Take Megatron's wrapper."""
+        """Adapt the torch optimizer inside Megatron's wrapper."""
         self.inner, self._wrapper, self.is_sharded = optimizer.optimizer, optimizer, is_sharded
 
     def parameters(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The model's parameters with what the inner optimizer has for them."""
+        """Yield the model's parameters, each with what the inner optimizer has: itself or its master."""
         if isinstance(self._wrapper, Float16OptimizerWithFloat16Params):
             models, masters = self._wrapper.float16_groups, self._wrapper.fp32_from_float16_groups
             yield from zip(itertools.chain(*models), itertools.chain(*masters), strict=True)
@@ -134,7 +134,7 @@ class WholeStateAdapter:
                     yield param, param
 
     def read(self) -> Iterator[ParameterState]:
-        """The state itself, no copies. No collective."""
+        """Yield the state tensors themselves, not copies of them. No collective."""
         for param, held in self.parameters():
             tensors = {
                 name: value
@@ -148,7 +148,7 @@ class WholeStateAdapter:
     targets = read  # a checkpoint is read right into the state
 
     def write_(self, states: Iterator[ParameterState]) -> None:
-        """Copy what is not in place yet."""
+        """Copy loaded states into the optimizer's state and masters. No collective."""
         for state, (_, held) in zip(states, self.parameters(), strict=True):
             for name, value in state.tensors.items():
                 target = held.detach() if name == MASTER else self.inner.state[held][name]
@@ -156,23 +156,23 @@ class WholeStateAdapter:
 
 
 class ShardedStateAdapter:
-    """Megatron's ``DistributedOptimizer``: each data-parallel rank has a range of each bucket.
+    """Adapts Megatron's ``DistributedOptimizer``, of which a data-parallel rank has a range of each bucket.
 
-    Its own ways into a checkpoint (0.19) either fix the layout or fail on torch's AdamW: they expect a
-    state before it is made, copy into leaves that require gradients, and share one counter between all
-    parameters, which then counts their number at each step.
+    The checkpoint formats of that class (0.19) either fix the layout or fail on torch's AdamW: they expect
+    a state before it is made, copy into leaves that require gradients, and share one counter between all
+    parameters, which then increases by their number at each step.
 
     Attributes:
         inner: the torch optimizer.
     """
 
     def __init__(self, optimizer: DistributedOptimizer) -> None:
-        """Take Megatron's optimizer."""
+        """Adapt Megatron's optimizer."""
         self.inner, self._wrapper = optimizer.optimizer, optimizer
         self._dp_group = optimizer.data_parallel_group
 
     def _buckets(self) -> Iterator[tuple[Any, Any, dict[Tensor, Any], list[str]]]:
-        """Buffer, bucket, this rank's ranges of its parameters, and the names of their state."""
+        """Yield each buffer and bucket, this rank's ranges of its parameters, and their state names."""
         for buffer, ranges in zip(self._wrapper.buffers, self._wrapper.gbuf_ranges, strict=True):
             names = adamw_state_keys(self._wrapper)
             if buffer.param_dtype != torch.float32:
@@ -182,16 +182,17 @@ class ShardedStateAdapter:
                 yield buffer, bucket, own["param_map"], names
 
     def _shard(self, param: Tensor, name: str) -> Tensor:
-        """This rank's range of one state of a parameter, flat."""
+        """Return this rank's range of one state tensor of a parameter, flat."""
         group, place = self._wrapper.model_param_group_index_map[param]
         held = self.inner.param_groups[group]["params"][place]
         return held.detach() if name == MASTER else self.inner.state[held][name]
 
     def read(self) -> Iterator[ParameterState]:
-        """Whole parameters of every so many-th bucket, on the host.
+        """Yield the whole state of the parameters in this rank's buckets, on the host.
 
         Buckets go to data-parallel ranks in turn, so that no rank holds or writes everything.
-        Collectives: one gather for each bucket and state over the data-parallel group.
+
+        Collectives: one gather for each bucket and state tensor over the data-parallel group.
         """
         size, rank = dist.get_world_size(self._dp_group), dist.get_rank(self._dp_group)
         for index, (buffer, bucket, own, names) in enumerate(self._buckets()):
@@ -214,16 +215,16 @@ class ShardedStateAdapter:
                     yield ParameterState(param, tensors, 0)
 
     def targets(self) -> Iterator[ParameterState]:
-        """Whole parameters of which this rank has a range, on the host."""
+        """Yield empty host tensors for whole parameters of which this rank has a range. No collective."""
         for _, _, own, names in self._buckets():
             for param, ranges in own.items():
                 tensors = {name: torch.empty(param.shape, dtype=torch.float32) for name in names}
-                # One rank has the start of a parameter, and counts as its reader.
+                # Exactly one rank has the start of a parameter; it counts as the main replica.
                 replica = 0 if ranges["param"].start == 0 else 1 + dist.get_rank(self._dp_group)
                 yield ParameterState(param, tensors, replica)
 
     def write_(self, states: Iterator[ParameterState]) -> None:
-        """Copy this rank's ranges."""
+        """Copy this rank's ranges of loaded states into the optimizer's state. No collective."""
         owned = (item for _, _, own, _ in self._buckets() for item in own.items())
         for state, (param, ranges) in zip(states, owned, strict=True):
             place = slice(ranges["param"].start, ranges["param"].end)

@@ -1,4 +1,4 @@
-"""Hooks where Megatron's training loop builds a model and settings for its optimizer."""
+"""Hooks where Megatron's training loop builds a model, and its optimizer's settings for muP."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from sso_megatron.mcore.optimizer.registration import is_spectral, prepare_for_s
 def install() -> None:
     """Route parameters by our rule before DDP wraps the model, and keep muP off spectral parameters.
 
-    All of it leaves other optimizers alone.
+    Runs with other optimizers are not changed.
 
     Raises:
-        UnsupportedError: this Megatron-Core lacks one of the functions.
+        UnsupportedError: this Megatron-Core lacks one of the hooked functions.
     """
     private_api.wrap("megatron.training.training:tag_params_for_buffer_routing", _tagged_by_us)
     private_api.wrap("megatron.training.models.dist_utils:_ddp_wrap", _with_shards)
@@ -31,7 +31,7 @@ def _is_sharded() -> bool:
 
 
 def _tagged_by_us(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Where a script gives ``pretrain`` a model provider: ``training.get_model``."""
+    """Wrap the tagging in ``training.get_model``, which is used where a script passes a model provider."""
 
     def tag_params_for_buffer_routing(model_chunks: list[Any]) -> None:
         if not _is_sharded():
@@ -45,10 +45,10 @@ def _tagged_by_us(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_shards(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Where a script describes its model in the configuration, as Megatron's own scripts do.
+    """Wrap the DDP wrapping of models that a configuration describes, as in Megatron's own scripts.
 
-    That way (0.19, ``training/models/dist_utils.py``) does not know the layer-wise optimizer: DDP would
-    all-reduce gradients, and each rank would keep a copy of all parameters outside of any buffer.
+    Megatron's function (0.19, ``training/models/dist_utils.py``) does not know the layer-wise optimizer:
+    DDP would all-reduce gradients, and each rank would keep a copy of all parameters outside of any buffer.
     """
 
     def ddp_wrap(
@@ -70,7 +70,7 @@ def _with_shards(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _for_adamw_alone(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Learning rates and epsilons of muP, for AdamW's parameters as under ``--optimizer adam``.
+    """Wrap muP's learning rates and epsilons: AdamW's parameters get those of ``--optimizer adam``.
 
     Spectral parameters scale with the width through their radii already. Megatron goes by the
     optimizer's name: ``sso`` would count as neither Adam nor Muon, and ``muon_sphere`` as Muon.

@@ -1,6 +1,6 @@
 """All-gathers of updated parameters that start while the spectral optimizer works on others.
 
-Imports Megatron, hence is itself imported when an optimizer is built and not before.
+This module imports Megatron, so it may only be imported when an optimizer is built.
 """
 
 from collections import Counter, deque
@@ -22,9 +22,9 @@ class _Bucket:
     """A bucket of Megatron's buffers.
 
     Attributes:
-        params: the model's parameters in it.
-        data: their values, flat; one shard for each rank of ``dp_group``.
-        dp_group: over which it is gathered.
+        params: the model's parameters in the bucket.
+        data: their values, flat, with one shard for each rank of ``dp_group``.
+        dp_group: group over which the bucket is gathered.
     """
 
     params: list[Tensor]
@@ -35,36 +35,41 @@ class _Bucket:
 class ParamGather:
     """Gathers each bucket once this rank has written its shard of it and of the buckets before it.
 
-    Ranks own different matrices and finish buckets in different orders, but start gathers in one, that of
-    ``_in_order``, over all data-parallel groups. A rank without a matrix in a bucket has finished it.
+    Ranks own different matrices and finish buckets in different orders, but all start gathers in the same
+    order, that of ``_in_order``, over all data-parallel groups. A rank without a matrix in a bucket counts
+    as having written it.
 
-    No deadlock: a gather that was started blocks nobody before ``finish``, and there all ranks have
-    started all. Until then ranks wait for the spectral step's own collectives alone, whose order over
-    each tensor-parallel group is what it is without gathers. Between groups of the two kinds the order
-    differs from rank to rank. So on a GPU the kernels of a gather and of an exchange must fit side by
-    side, as Megatron's own overlap needs them to, and NCCL must have made its connections, for which a
-    host may wait for kernels: in the first step of a run gather without this. Not measured on a GPU yet.
+    There is no deadlock: a gather that was started blocks no rank before ``finish``, and there all ranks
+    have started all gathers. Until then ranks wait only for the spectral step's own collectives, whose
+    order over each tensor-parallel group is the same as without gathers. The order of gathers relative to
+    the collectives of a tensor-parallel group differs from rank to rank. So on a GPU the kernels of a
+    gather and of an exchange must be able to run side by side, as Megatron's own overlap requires, and NCCL
+    must have made its connections, for which a host may wait for kernels: in the first step of a run,
+    gather without this class. It has not been measured on a GPU yet.
     """
 
     def __init__(self, optimizers: Iterable[Any], model_chunks: list[Any]) -> None:
-        """Take Megatron's wrappers of spectral optimizers of whole matrices, and the model.
+        """Find the buckets of a model and the parameters of its spectral optimizers.
 
         Args:
-            optimizers: each with this rank's matrices; there may be none.
-            model_chunks: wrapped in Megatron's DDP, with buffers that are sharded.
+            optimizers: Megatron's wrappers of spectral optimizers, each with this rank's whole matrices;
+                there may be none.
+            model_chunks: model chunks wrapped in Megatron's DDP, with buffers that are sharded.
         """
         parts = [WholeStateAdapter(optimizer, is_sharded=True) for optimizer in leaves(optimizers)]
         self._inner: list[Any] = [part.inner for part in parts]
         self._model_params = {held: param for part in parts for param, held in part.parameters()}
         self._buckets = _in_order(model_chunks)
         self._bucket_of = {param: bucket for bucket in self._buckets for param in bucket.params}
-        # Of the running step.
+        # The state of the step that is running.
         self._unwritten: Counter[_Bucket] = Counter()
         self._waiting: deque[_Bucket] = deque()
         self._handles: list[dist.Work] = []
 
     def step(self) -> None:
-        """Step the spectral optimizers and write the model's parameters; all others are written already.
+        """Step the spectral optimizers, write their model parameters, and start to gather all parameters.
+
+        The parameters of other optimizers must be written already.
 
         Collectives: those of the optimizers; one all-gather of each bucket, started and not waited for.
         """
@@ -79,7 +84,7 @@ class ParamGather:
                 inner.on_written = None
 
     def finish(self) -> None:
-        """Wait until all parameters are everybody's."""
+        """Wait until all gathers are finished and every rank has all parameters."""
         self._unwritten.clear()
         self._start_finished()
         for handle in self._handles:
@@ -87,7 +92,11 @@ class ParamGather:
         self._handles = []
 
     def _take(self, written: list[Tensor]) -> None:
-        """Parameters that a spectral optimizer is done with; in bf16 their float32 masters."""
+        """Write model parameters that the step has finished, and start gathers that may start now.
+
+        Args:
+            written: the optimizer's own parameters; in bf16 they are float32 masters.
+        """
         masters = [held for held in written if self._model_params[held] is not held]
         copy_all_([self._model_params[held].detach() for held in masters], masters)
         self._unwritten.subtract(self._bucket_of[self._model_params[held]] for held in written)
@@ -103,7 +112,7 @@ class ParamGather:
 
 
 def _in_order(model_chunks: list[Any]) -> list[_Bucket]:
-    """All buckets, about as steps finish them: AdamW's, dense matrices, experts; first layers first."""
+    """Return all buckets, about as steps finish them: AdamW's, dense matrices', experts', by layer."""
     found: list[tuple[tuple[bool, bool], _Bucket]] = []
     for chunk in model_chunks:
         for groups in (chunk.bucket_groups, chunk.expert_parallel_bucket_groups):

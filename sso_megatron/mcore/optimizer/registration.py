@@ -1,4 +1,4 @@
-"""Our optimizers in Megatron's optimizer factory."""
+"""Registration of our optimizers in Megatron's factory, and preparation of models for them."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ from sso_megatron.mcore.parameters.layouts import LayoutTable, ModelParameter, l
 from sso_megatron.optimizers.base import SpectralOptimizer
 from sso_megatron.optimizers.config import SpectralClipConfig, SpectralConfig, SSOConfig
 
-# The tag by which prepare_model, which sees global names, tells the routing rule what to take.
+# The tag that prepare_model, which sees global names, sets for the routing rule, which does not.
 _SPECTRAL = "_is_spectral"
 
 
@@ -32,11 +32,12 @@ def register(config: Any = None, shared: SpectralConfig | None = None) -> None:
     Args:
         config: settings of the optimizer that will be built: an ``SSOConfig``, ``SpectraConfig``,
             ``SpectralClipConfig`` or ``SpectralAdamConfig``; None for the defaults, which spectral
-            clipping has none of.
-        shared: settings that all spectral optimizers share.
+            clipping does not have.
+        shared: settings that all spectral optimizers share; None for the defaults.
 
     Raises:
-        UnsupportedError: megatron-core or emerging-optimizers is missing or of an untested version.
+        UnsupportedError: megatron-core or emerging-optimizers is missing or too old, or lacks a name that
+            is needed.
     """
     versions.check_versions()
     for name, spec in OPTIMIZERS.items():
@@ -48,7 +49,7 @@ def register(config: Any = None, shared: SpectralConfig | None = None) -> None:
         )
     _registered.config, _registered.shared = config, shared or SpectralConfig()
     private_api.wrap("megatron.core.optimizer:_get_megatron_emerging_optimizer", _by_our_factory)
-    # Megatron's loop has the first compute layouts, its model builders and DDP itself the second.
+    # Megatron's loop computes layouts by the first class, its model builders and DDP itself by the second.
     for optimizer_cls in (
         "layer_wise_optimizer:LayerWiseDistributedOptimizer",
         "distrib_optimizer:DistributedOptimizer",
@@ -59,7 +60,7 @@ def register(config: Any = None, shared: SpectralConfig | None = None) -> None:
 
 @dataclass
 class _Registered:
-    """What the factory builds optimizers with: the one place where the settings are kept.
+    """The settings and layouts that the factory builds optimizers with, kept in this one place.
 
     Attributes:
         config: settings of the optimizer, from the last ``register``; None for the defaults.
@@ -78,12 +79,12 @@ _registered = _Registered()
 
 
 def is_registered() -> bool:
-    """Whether ``register`` was called."""
+    """Return whether ``register`` was called."""
     return _registered.shared is not None
 
 
 def is_spectral(param: Tensor) -> bool:
-    """Whether ``prepare_model`` gave the parameter to the spectral optimizer."""
+    """Return whether ``prepare_model`` assigned the parameter to the spectral optimizer."""
     return getattr(param, _SPECTRAL, False)
 
 
@@ -109,7 +110,11 @@ def _config_to_kwargs(name: str) -> Callable[..., dict[str, Any]]:
 
 
 def _checked(name: str, spec: OptimizerSpec, config: Any) -> Any:
-    """The configuration to build ``name`` with."""
+    """Return the configuration to build ``name`` with.
+
+    Raises:
+        ValueError: ``config`` does not fit the optimizer of that name.
+    """
     if config is None and not spec.fixed:
         return spec.config_cls()
     wanted = ", ".join(f"{key}={value!r}" for key, value in spec.fixed.items())
@@ -161,19 +166,21 @@ def _in_shards(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def prepare_for_shards(model_chunks: Sequence[Any], pg_collection: Any) -> None:
-    """``prepare_model`` for the sharded optimizer, before DDP makes the buffers that it shards.
+    """Prepare a model for the sharded optimizer, before DDP makes the buffers that it shards.
 
-    Megatron routes parameters to buffers by a rule of its own (2-D and no embedding or output layer),
-    without names and exclusions, which the sharded optimizer would then not find in its shards.
+    It calls ``prepare_model``, tags the parameters for DDP's buffers, and prepares the buffers' layout.
+    Megatron itself routes parameters to buffers by another rule (2-D and no embedding or output layer),
+    without names and exclusions: the sharded optimizer would not find its parameters in its shards.
 
     Collectives: those of ``prepare_model`` and ``step_costs``.
 
     Args:
-        model_chunks: this rank's part of the model, not wrapped in DDP yet.
+        model_chunks: this rank's model chunks, not wrapped in DDP yet.
         pg_collection: Megatron's process groups.
 
     Raises:
-        ValueError: see ``prepare_model``.
+        UnsupportedError: ``register`` was not called.
+        ValueError: a parameter cannot be routed; see ``prepare_model``.
     """
     if _registered.shared is None:
         raise UnsupportedError("no spectral optimizer is registered; call register() first")
@@ -186,7 +193,7 @@ def prepare_for_shards(model_chunks: Sequence[Any], pg_collection: Any) -> None:
 
 
 def spectral_optimizers(optimizer: Any) -> list[SpectralOptimizer]:
-    """The spectral optimizers inside what Megatron built, in the same order on every rank."""
+    """Return the spectral optimizers inside one of Megatron's, in the same order on every rank."""
     if hasattr(optimizer, "chained_optimizers"):
         return [found for part in optimizer.chained_optimizers for found in spectral_optimizers(part)]
     inner = getattr(optimizer, "optimizer", None)
@@ -196,22 +203,23 @@ def spectral_optimizers(optimizer: Any) -> list[SpectralOptimizer]:
 def prepare_model(
     model_chunks: Sequence[Any], config: Any, shared: SpectralConfig, pg_collection: Any
 ) -> list[tuple[Tensor, ParameterLayout]]:
-    """Route every parameter, find the logical matrices, and draw the weights if asked to.
+    """Route every parameter, find the logical matrices, and draw the weights with ``mup_init``.
 
-    Collectives: one gather of objects over the world, for the exclusion patterns.
+    Collectives: one gather of objects over the world if there are exclusion patterns; with ``mup_init``
+    those of ``initialize_by_name``.
 
     Args:
-        model_chunks: this rank's part of the model.
-        config: settings of the optimizer: spectral clipping takes vectors and vocabularies, too; an
-            ``SSOConfig`` has the radius of the initialisation.
-        shared: granularity, exclusions and initialisation.
+        model_chunks: this rank's model chunks.
+        config: settings of the optimizer: with those of spectral clipping, vectors and vocabularies are
+            taken, too; those of SSO have the radius of the initialisation.
+        shared: settings of granularity, exclusions and initialisation.
         pg_collection: Megatron's process groups.
 
     Returns:
         The parameters of the spectral optimizer with their layouts.
 
     Raises:
-        ValueError: a pattern that matches nothing, or a matrix that no rule covers.
+        ValueError: a pattern matches nothing, or no rule covers a matrix.
     """
     parameters = list(model_parameters(model_chunks, pg_collection))
     candidates = eligible(parameters, config)
@@ -228,13 +236,19 @@ def prepare_model(
 
 
 def eligible(parameters: Iterable[ModelParameter], config: Any) -> list[ModelParameter]:
-    """What a spectral optimizer takes unless a pattern excludes it; ``config`` is its settings."""
+    """Return the parameters that an optimizer with settings ``config`` takes, before exclusions."""
     takes_all = isinstance(config, SpectralClipConfig)
     return [p for p in parameters if p.is_matrix or (takes_all and p.has_simple_shape)]
 
 
 def _excluded_names(matrices: list[ModelParameter], patterns: tuple[str, ...]) -> set[str]:
-    """Names that a pattern is found in; a pattern that no rank has a match for is an error."""
+    """Return the names that a pattern is found in.
+
+    Collectives: one gather of objects over the world if there are patterns.
+
+    Raises:
+        ValueError: no rank has a match for a pattern.
+    """
     hits = {pattern: {p.name for p in matrices if re.search(pattern, p.name)} for pattern in patterns}
     if not patterns:
         return set()

@@ -7,10 +7,10 @@ import torch
 
 
 def device_of(model_chunks: Iterable[Any]) -> torch.device:
-    """Device of this rank's part of a model; collectives over Megatron's groups need their tensors there.
+    """Return the device of this rank's model chunks, where collectives over Megatron's groups need tensors.
 
-    A rank may have no loss, no matrix and no state of an optimizer, but it has a part of the model. Should
-    that be without parameters, too, this is the device that Megatron has chosen for the process.
+    A rank may have no loss, no matrix and no optimizer state, but it always has some of the model. Should
+    that have no parameters, this is the device that Megatron has chosen for the process.
 
     Args:
         model_chunks: Megatron modules, wrapped or not.

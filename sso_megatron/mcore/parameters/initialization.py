@@ -16,10 +16,10 @@ from sso_megatron.mcore.parameters.layouts import ModelParameter, has_rule, matr
 from sso_megatron.mcore.parameters.names import expert_by_itself
 from sso_megatron.optimizers.config import SpectralConfig, SSOConfig
 
-# Random matrices have no gap below their largest singular value; this many passes leave 1e-4.
+# Random matrices have no gap below their largest singular value; with this many passes it is found to 1e-4.
 _PASSES, _DEGREE, _BLOCK = 6, 8, 16
-# Rows of a vocabulary drawn at a time: its padding depends on the tensor-parallel size, the rows
-# before the padding must not.
+# Rows of a vocabulary drawn at a time: its padding depends on the tensor-parallel size, and the rows
+# before the padding must not depend on it.
 _VOCABULARY_ROWS = 128
 _DOWN = re.compile(r"linear_fc2\.weight\d*$")
 _FINEST = SpectralConfig(qkv_split="head", mlp_split="gate_up")
@@ -34,20 +34,20 @@ def initialize_by_name(
 ) -> None:
     """Draw every matrix by its global name and put the spectral ones on their spheres.
 
-    Each weight is drawn whole, with the model's own initialiser and a random state that its name
-    gives, then cut: the result is the same for every TP, PP, EP and DP size on one kind of device,
-    and for every way to store experts. Only a fused weight that no rule covers (and that is therefore
-    excluded from the spectral optimizer) is cut without regard to its parts. Every logical matrix of a
-    spectral weight is scaled to ``||W||_2 = R`` (spectral muP, arXiv 2601.08393). Norm weights, biases
-    and what is no matrix stay as Megatron made them.
+    Each weight is drawn whole, with the model's own initialiser and a random state seeded by its name,
+    and then sharded: the result is the same for every TP, PP, EP and DP size on one type of device, and
+    for every way to store experts. Only a fused weight that no rule covers (and that is therefore
+    excluded from the spectral optimizer) is sharded without regard to the matrices in it. Every logical
+    matrix of a spectral weight is scaled to ``||W||_2 = R`` (spectral muP, arXiv 2601.08393). Norm
+    weights, biases and other parameters that are no matrices stay as Megatron made them.
 
     Collectives: one broadcast of the seed over the world.
 
     Args:
         parameters: this rank's parameters.
-        spectral: those that the spectral optimizer takes.
-        sso: radius mode and scaler.
-        shared: granularity of the logical matrices.
+        spectral: the parameters among them that the spectral optimizer takes.
+        sso: configuration with the radius mode and scaler.
+        shared: configuration with the granularity of the logical matrices.
     """
     spectral_ids = {id(p.param) for p in spectral}
     seed = _shared_seed()
@@ -62,14 +62,14 @@ def initialize_by_name(
 
 
 def _shared_seed() -> int:
-    """The seed that torch has on the first rank: Megatron adds the pipeline stage's number to it."""
+    """Return the first rank's torch seed, since Megatron's seeds differ between pipeline stages."""
     seed = [torch.initial_seed()]
     torch.distributed.broadcast_object_list(seed, src=0)
     return seed[0]
 
 
 def _draw(p: ModelParameter, seed: int) -> Tensor:
-    """The whole weight in float32, stored as one tensor-parallel rank would store it."""
+    """Draw the whole weight in float32, laid out as on a single tensor-parallel rank."""
     rows, columns = p.param.shape
     rows *= p.tp_size if p.partition_dim == 0 else 1
     columns *= p.tp_size if p.partition_dim == 1 else 1
@@ -87,7 +87,7 @@ def _draw(p: ModelParameter, seed: int) -> Tensor:
 
 
 def initializer_of(p: ModelParameter) -> Callable[[Tensor], Any]:
-    """The model's own initialiser of a matrix: a function that fills a tensor."""
+    """Return the model's own initialiser of a matrix, a function that fills a tensor in place."""
     if p.is_vocabulary and p.name.startswith("embedding."):
         return getattr(p.config, "embedding_init_method", None) or p.config.init_method
     if p.name.endswith(("linear_proj.weight", "fc2_latent_proj.weight")) or _DOWN.search(p.name):
@@ -96,7 +96,7 @@ def initializer_of(p: ModelParameter) -> Callable[[Tensor], Any]:
 
 
 def _uncut(p: ModelParameter) -> ModelParameter:
-    """The parameter as one rank stores it where gate lies above up."""
+    """Return the parameter as a single rank would store it, with the rows of gate above those of up."""
     return replace(p, partition_dim=None, tp_size=1, tp_rank=0, glu_interleave=0)
 
 
@@ -109,10 +109,10 @@ def _put_on_sphere_(weight: Tensor, p: ModelParameter, sso: SSOConfig, shared: S
 
 
 def _store_(weight: Tensor, p: ModelParameter) -> None:
-    """Copy this rank's shard of a whole weight into the parameter, part by part.
+    """Copy this rank's shard of a whole weight into the parameter, matrix by matrix.
 
-    The parts are the finest there are, whatever the spectral optimizer takes as one matrix: the rows
-    of gate and up that a rank holds, say, are no run of rows of the whole.
+    The matrices are the finest there are, whatever the spectral optimizer takes as one matrix: the rows
+    of gate and up that a rank holds, for example, are not contiguous in the whole weight.
     """
     stored = tuple(p.param.shape)
     if not has_rule(p):
@@ -125,7 +125,7 @@ def _store_(weight: Tensor, p: ModelParameter) -> None:
 
 
 def _shard(values: Tensor, split: Split, p: ModelParameter) -> Tensor:
-    """What this rank holds of a whole matrix."""
+    """Return this rank's shard of a whole matrix."""
     if split.partition_dim is None:
         return values
     if split.shard_rows is not None:

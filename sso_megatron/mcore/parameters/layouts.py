@@ -1,4 +1,4 @@
-"""Logical matrices of a Megatron model's parameters, by global name."""
+"""Rules that find the logical matrices of a Megatron model's parameters by their global names."""
 
 import math
 import re
@@ -21,7 +21,7 @@ from sso_megatron.mcore.compat import versions
 from sso_megatron.mcore.parameters.names import ROUTED_EXPERT, global_names
 from sso_megatron.optimizers.config import SpectralConfig
 
-# Rules by the end of a name. What none of them fits is an error, so they match whole module names.
+# Rules by the end of a name. A name that none of them fits is an error, so they match whole module names.
 _QKV = re.compile(r"(^|\.)self_attention\.linear_qkv\.weight$")
 _LATENT_Q = re.compile(r"(^|\.)self_attention\.linear_q(_up)?_proj\.weight$")
 _LATENT_KV = re.compile(r"(^|\.)self_attention\.linear_kv_up_proj\.weight$")
@@ -36,20 +36,20 @@ _RULES = (_QKV, _LATENT_Q, _LATENT_KV, _LATENT_DOWN, _FC1, _WHOLE)
 
 @dataclass(frozen=True)
 class ModelParameter:
-    """A trainable parameter of the model with what its shard is part of.
+    """A trainable parameter of the model, with its global name and how it is sharded.
 
     Attributes:
-        name: global name: layer and expert numbers are those of the whole model.
-        param: the model's parameter.
-        config: the ``TransformerConfig`` of the module it belongs to.
-        partition_dim: dimension of its matrices that is cut over ``tp_group``, or None.
-        tp_group: tensor-parallel group, that of the experts for expert parameters.
-        tp_size: its ranks.
-        tp_rank: this rank's place in it.
-        module: whose own parameter it is; None in a model that is only described.
+        name: global name, in which layer and expert numbers are those of the whole model.
+        param: the model's parameter on this rank.
+        config: the ``TransformerConfig`` of the module that it belongs to.
+        partition_dim: dimension of its matrices that is sharded over ``tp_group``; None if they are whole.
+        tp_group: tensor-parallel group; for expert parameters the experts' own.
+        tp_size: number of ranks that share its matrices, 1 where they are whole.
+        tp_rank: place of this rank among them.
+        module: the module that has it as its own parameter; None in a model that is only described.
         is_expert: whether it belongs to routed experts, whose replicas have a group of their own.
         experts: global numbers of the experts that are packed into this one tensor, if any.
-        glu_interleave: rows of a block where blocks of gate and up take turns, else 0.
+        glu_interleave: rows in a block where blocks of gate and up alternate, else 0.
     """
 
     name: str
@@ -66,38 +66,38 @@ class ModelParameter:
 
     @property
     def is_vocabulary(self) -> bool:
-        """Whether it is an embedding of any kind or the output layer."""
+        """Whether the parameter is an embedding, of tokens or other, or the output layer."""
         is_marked = getattr(self.param, "is_embedding_or_output_parameter", False)
         return is_marked or self.name.startswith("embedding.")
 
     @property
     def is_grouped(self) -> bool:
-        """Whether it is one of the weights of a grouped product, an expert's each."""
+        """Whether the parameter is one expert's weight in a grouped product."""
         routed = ROUTED_EXPERT.search(self.name)
         return bool(routed and routed["gemm"])
 
     @property
     def is_matrix(self) -> bool:
-        """Whether a spectral optimizer takes it: a matrix, or experts' matrices in one tensor.
+        """Whether a spectral optimizer takes the parameter: a matrix, or experts' matrices in one tensor.
 
-        Megatron's own rule (2-D), which would orthogonalise learned position embeddings and the
-        biases of experts in one tensor, less those.
+        The rule is Megatron's own (2-D), apart from learned position embeddings and the biases of experts
+        in one tensor, which that would orthogonalise.
         """
         is_bias = re.search(r"\.bias\d*$", self.name)
         return (self.param.ndim == 2 or bool(self.experts)) and not (is_bias or self.is_vocabulary)
 
     @property
     def has_simple_shape(self) -> bool:
-        """Whether spectral clipping takes it beside hidden matrices: a vector, or a vocabulary's matrix."""
+        """Whether the parameter is a vector or a vocabulary's matrix; spectral clipping takes them, too."""
         return self.param.ndim == 1 or (self.param.ndim == 2 and self.is_vocabulary)
 
     @property
     def is_gated(self) -> bool:
-        """Whether it is the first layer of a gated MLP, gate and up in one."""
+        """Whether the parameter is the first layer of a gated MLP, which holds gate and up."""
         return bool(_FC1.search(self.name) and self.config.gated_linear_unit)
 
     def unpacked(self) -> list["ModelParameter"]:
-        """Each expert of a packed tensor with its view, as a grouped product names it; else itself."""
+        """Return a view for each expert of a packed tensor, named as in a grouped product; else itself."""
         if not self.experts:
             return [self]
         blocks = self.param.detach().flatten(0, -2).chunk(len(self.experts))
@@ -108,7 +108,7 @@ class ModelParameter:
 
 
 def model_parameters(model_chunks: Iterable[Any], pg_collection: Any) -> Iterator[ModelParameter]:
-    """Every trainable parameter of this rank's model chunks. No collective.
+    """Yield every trainable parameter of this rank's model chunks. No collective.
 
     Args:
         model_chunks: Megatron modules, wrapped or not.
@@ -150,9 +150,9 @@ def model_parameters(model_chunks: Iterable[Any], pg_collection: Any) -> Iterato
 
 
 def _owners(chunk: Any) -> Callable[[str], tuple[Any, Any]]:
-    """A function from a parameter's name to the module around its layer, and that module's config.
+    """Return a function from a parameter's name to the module around its layer, and that module's config.
 
-    Parts of a model may have configurations of their own: a vision encoder, the layers of a
+    Some modules of a model have configurations of their own: a vision encoder, or the layers of a
     heterogeneous model.
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -174,20 +174,20 @@ def _owners(chunk: Any) -> Callable[[str], tuple[Any, Any]]:
 
 
 def _partition_dim(param: Tensor, routed: re.Match[str] | None) -> int | None:
-    """Which dimension of a parameter's matrices tensor parallelism cuts, if any."""
+    """Return the dimension of a parameter's matrices that tensor parallelism shards, or None."""
     if routed:
-        # Always cut over the experts' group, and by the layer: what is set on a parameter counts
-        # the dimensions of a 3-D tensor in its own way, or comes from TransformerEngine, which does
-        # not know of the cut when Megatron does the communication.
+        # Always sharded over the experts' group, in the dimension that the layer says: the attributes of
+        # a parameter count the dimensions of a 3-D tensor in another way, or come from TransformerEngine,
+        # which does not know of the shards when Megatron does the communication.
         return int(routed["fc"]) - 1
     dim = getattr(param, "partition_dim", -1)
     return dim if dim >= 0 and getattr(param, "tensor_model_parallel", False) else None
 
 
 def _glu_interleave(name: str, owner: Any, config: Any) -> int:
-    """Rows of a block where a gated MLP stores blocks of gate and up in turn; 0 elsewhere.
+    """Return the rows in a block where a gated MLP stores alternating blocks of gate and up, else 0.
 
-    Only layers made for one fused kernel of TransformerEngine do.
+    Only layers made for one fused kernel of TransformerEngine store them so.
     """
     if not _FC1.search(name) or not config.gated_linear_unit:
         return 0
@@ -200,13 +200,13 @@ def _glu_interleave(name: str, owner: Any, config: Any) -> int:
 
 
 def layout_of(parameter: ModelParameter, shared: SpectralConfig) -> ParameterLayout:
-    """The logical matrices of a parameter; a vector is one column.
+    """Return the logical matrices of a parameter; a vector is one column.
 
     Raises:
         ValueError: no rule covers the parameter, or its splits do not fit this rank's shard.
     """
     if parameter.param.ndim == 1:
-        # What multiplies the cut columns of a matrix is not cut itself.
+        # The vector of a layer whose columns are sharded is not sharded itself.
         dim = 0 if parameter.partition_dim == 0 else None
         column = whole((parameter.param.numel(), 1), dim, parameter.tp_size)
         return ParameterLayout(parameter.name, (column,), parameter.tp_group)
@@ -215,17 +215,17 @@ def layout_of(parameter: ModelParameter, shared: SpectralConfig) -> ParameterLay
 
 
 def has_rule(p: ModelParameter) -> bool:
-    """Whether it is known which matrices such a parameter holds."""
+    """Return whether a rule says which matrices a parameter of this name holds."""
     return any(rule.search(p.name) for rule in _RULES)
 
 
 def matrix_splits(p: ModelParameter, shape: tuple[int, ...], shared: SpectralConfig) -> tuple[Split, ...]:
-    """Logical matrices of ``p`` stored with ``shape`` on this rank.
+    """Return the logical matrices of ``p`` stored with ``shape`` on this rank.
 
     Args:
-        p: gives name, model configuration and placement.
+        p: parameter, of which name, model configuration and sharding are read.
         shape: stored ``(rows, d_in)``, or ``(experts, rows, d_in)``.
-        shared: granularity of attention's projections and of gated MLPs.
+        shared: configuration with the granularity of attention's projections and of gated MLPs.
 
     Raises:
         ValueError: see ``layout_of``.
@@ -263,7 +263,7 @@ def _matrix_splits(p: ModelParameter, shape: tuple[int, ...], shared: SpectralCo
 
 
 def _head_sections(p: ModelParameter) -> list[Section]:
-    """What the heads of an attention projection are stored as; empty for any other parameter."""
+    """Return the sections of each group of heads in an attention projection; empty for other parameters."""
     config = p.config
     if _QKV.search(p.name):
         per_group, rows = config.num_attention_heads // config.num_query_groups, config.kv_channels
@@ -277,10 +277,10 @@ def _head_sections(p: ModelParameter) -> list[Section]:
 
 
 class LayoutTable:
-    """Layout of a model parameter, or of its fp32 master copy.
+    """Finds the layout of a model parameter, or of its fp32 master copy.
 
     Megatron's mixed-precision optimizer puts master copies into the parameter groups after our
-    optimizer is built, and our tags do not reach them: they are found through ``main_param``.
+    optimizer is built, without our tags: they are found through ``main_param``.
     """
 
     def __init__(self, layouts: Sequence[tuple[Tensor, ParameterLayout]]) -> None:
@@ -289,7 +289,7 @@ class LayoutTable:
         self._by_id: dict[int, ParameterLayout] = {}
 
     def __call__(self, param: Tensor) -> ParameterLayout:
-        """The layout of ``param``.
+        """Return the layout of ``param``.
 
         Raises:
             KeyError: the parameter belongs to no matrix of this model.

@@ -5,24 +5,24 @@ from collections.abc import Callable
 from typing import Any
 
 STATE = "optimizer.state"
-"""Where a checkpoint keeps tensors of a parameter's shape: ``<this>.<what>.<Megatron's key>``."""
+"""Prefix of the keys of a checkpoint's state tensors: ``<this>.<state name>.<Megatron's key>``."""
 
 MASTER = "fp32_param"
-"""Megatron's name of the float32 copy of a parameter."""
+"""The name that Megatron uses for the float32 master copy of a parameter."""
 
 OPTIONAL_STATE = "optimizer.spectral."
-"""Keys of optimizer state in a checkpoint begin with it where the optimizer can do without them."""
+"""Prefix of the keys of optimizer state in a checkpoint that the optimizer can do without."""
 
 ROUTED_EXPERT = re.compile(
     r"(?:^|\.)experts\.(?:local_experts\.(?P<own>\d+)\.)?linear_fc(?P<fc>[12])\.weight(?P<gemm>\d*)$"
 )
-"""A weight of routed experts: one expert's own module, one of a grouped product, or all in one tensor."""
+"""Matches weights of routed experts: in an expert's module, in a grouped product, or in one tensor."""
 
 _EXPERT_NUMBER = re.compile(r"((?:^|\.)experts\.(?:local_experts\.|linear_fc[12]\.(?:weight|bias)))(\d+)")
 
 
 def global_names(chunk: Any, first_expert: int) -> Callable[[str], str]:
-    """A function from a model chunk's parameter names to global ones.
+    """Return a function from a model chunk's parameter names to global ones.
 
     Pipeline stages number their layers from 0 and expert-parallel ranks their experts; Megatron
     keeps the global layer number on each layer.
@@ -48,10 +48,10 @@ def global_names(chunk: Any, first_expert: int) -> Callable[[str], str]:
 
 
 def expert_by_itself(name: str) -> str:
-    """The name that a routed expert's weight has where each expert is a module of its own.
+    """Return the name that a routed expert's weight has where each expert is a module of its own.
 
     Args:
-        name: of a parameter, or of a logical matrix of it.
+        name: name of a parameter, or of a logical matrix of it.
     """
     return re.sub(
         r"(^|\.)experts\.linear_fc([12])\.weight(\d+)(?=\[|$)",
@@ -61,11 +61,11 @@ def expert_by_itself(name: str) -> str:
 
 
 def of_other_experts(name: str, offset: int) -> str:
-    """The name that a parameter has, or a logical matrix, on a rank whose experts have other numbers.
+    """Return the name of a parameter or logical matrix on a rank whose experts have other numbers.
 
     Args:
-        name: of routed experts, or of anything else, which stays as it is.
-        offset: to be added to the number of an expert.
+        name: name of a parameter or logical matrix; only the names of routed experts' change.
+        offset: number to add to the number of an expert.
     """
     name = _EXPERT_NUMBER.sub(lambda m: f"{m[1]}{int(m[2]) + offset}", name)
     return re.sub(r"(?<=\[expert)\d+", lambda m: str(int(m[0]) + offset), name)

@@ -1,7 +1,7 @@
-"""What the local attention learns for a rehearsal: latent attention and context parallelism.
+"""Latent attention and context parallelism for Megatron's local attention, which a rehearsal needs.
 
 Megatron has both only for TransformerEngine's attention. The mathematics here is that of the local
-attention on one rank: this rank's queries meet every key that they may see.
+attention on one rank: this rank's queries attend to every key that they may see.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _LATENT_ATTENTION = "megatron.core.transformer.multi_latent_attention"
 
 @functools.cache
 def accept_latent_attention() -> None:
-    """Gives the local multi-latent attention what it lacks to be TransformerEngine's.
+    """Add two features to the local multi-latent attention that only TransformerEngine's has.
 
     - Values of another width than the queries: Megatron passes the attention both widths, and its
-      constructor takes neither. The query's only sets the softmax scale, which MLA passes as well;
-      the value's sets the width of the output.
-    - Whole down-projections on every tensor-parallel rank. The local specification cuts them, and
+      constructor takes neither. The query's width only sets the softmax scale, which MLA passes as
+      well; the value's width sets the width of the output.
+    - Whole down-projections on every tensor-parallel rank. The local specification shards them, and
       the gradient of the key's rotary part, which all heads share, then lacks the other ranks' heads.
     """
     latent = f"{_LATENT_ATTENTION}:MLASelfAttention.__init__"
@@ -50,7 +50,7 @@ def accept_latent_attention() -> None:
 
     private_api.replace(f"{_ATTENTION}.__init__", construct_with_widths)
     private_api.replace(latent, construct_duplicated)
-    # By this name it knows that a layer is duplicated.
+    # MLA compares with this class to know that a layer is duplicated.
     private_api.replace(f"{_LATENT_ATTENTION}:TELinear", DuplicatedLinear)
 
 
@@ -60,36 +60,44 @@ class DuplicatedLinear(torch.nn.Module):
     def __init__(
         self, input_size: int, output_size: int, *, config: Any, init_method: Any, **kwargs: Any
     ) -> None:
-        """Takes what Megatron passes; ``kwargs`` is about names and what MLA leaves off."""
+        """Make the layer from Megatron's arguments.
+
+        Args:
+            input_size: width of the input.
+            output_size: width of the output.
+            config: the model's ``TransformerConfig``.
+            init_method: fills the weight.
+            kwargs: names, and options that MLA does not use; ignored.
+        """
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
         if config.perform_initialization:
-            drawn = torch.empty(output_size, input_size)  # in fp32, as every weight on the CPU
+            drawn = torch.empty(output_size, input_size)  # in fp32, like every weight on the CPU
             init_method(drawn)
             self.weight.data.copy_(drawn)
         mark: Any = self.weight
         mark.allreduce = True
         mark.tensor_model_parallel = False
-        # Each rank has a part of the tokens, so that Megatron has to sum the gradients.
+        # Each rank has only some of the tokens, so that Megatron has to sum the gradients.
         mark.sequence_parallel = config.sequence_parallel
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, None]:
-        """Multiplies ``(seq, batch, width)`` by the weight; there is no bias to return. No collective."""
+        """Return the product of ``(seq, batch, width)`` and the weight, and None as bias. No collective."""
         return torch.nn.functional.linear(tokens, self.weight), None
 
     def get_extra_state(self) -> None:
-        """Nothing, under a key that checkpoints of all other linear layers have."""
+        """Return None, so that checkpoints have the key that all other linear layers give them."""
 
     def set_extra_state(self, state: Any) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 @functools.cache
 def accept_context_parallelism() -> None:
-    """Lets the local attention gather the keys and values of its context-parallel group.
+    """Make the local attention gather the keys and values of its context-parallel group.
 
     Every rank then holds the whole sequence of keys in its true order, and needs the mask's rows
-    of its own queries. The memory that context parallelism saves on a GPU is not saved here.
+    for its own queries. The memory that context parallelism saves on a GPU is not saved here.
     """
     construct, attend = (private_api.existing(f"{_ATTENTION}.{name}") for name in ("__init__", "forward"))
 
@@ -100,7 +108,7 @@ def accept_context_parallelism() -> None:
         self.config = config
         self.window_size = self.scale_mask_softmax.window_size
         if config.context_parallel_size > 1:
-            # It would draw a window for as many queries as there are keys; see _mask.
+            # The softmax would make a window mask for as many queries as there are keys; see _mask.
             self.scale_mask_softmax.window_size = None
 
     def attend_whole(
@@ -123,20 +131,20 @@ def accept_context_parallelism() -> None:
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:
-    """Which two of the sequence's ``2 * size`` chunks a context-parallel rank holds, in order.
+    """Return which two of the sequence's ``2 * size`` chunks a context-parallel rank holds, in order.
 
-    One from the front and one from the back: causal attention costs the same on every rank.
+    One is from the front and one from the back, so that causal attention costs the same on every rank.
     """
     return rank, 2 * size - 1 - rank
 
 
 def _whole_sequence(part: Tensor, cp_group: Any) -> Tensor:
-    """The keys or values of all ranks, in the order of the sequence.
+    """Return the keys or values of all ranks, in the order of the sequence.
 
     Collectives: an all-gather over ``cp_group``, and a reduce-scatter of the gradient in backward.
 
     Args:
-        part: ``(seq / cp, ...)``.
+        part: ``(seq / cp, ...)``, this rank's keys or values.
         cp_group: context-parallel group.
 
     Returns:
@@ -153,7 +161,7 @@ def _whole_sequence(part: Tensor, cp_group: Any) -> Tensor:
 
 
 def _mask(attention: Any, given: Tensor | None, num_keys: int) -> Tensor | None:
-    """What this rank's queries must not see, or None if they may see everything.
+    """Return the mask of the keys that this rank's queries must not see; None if they may see all keys.
 
     Args:
         attention: Megatron's local attention.

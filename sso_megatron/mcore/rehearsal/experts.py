@@ -1,8 +1,8 @@
-"""Grouped experts on the CPU: Megatron's own module, with products in a loop.
+"""Grouped experts on the CPU: Megatron's own module, with linear layers that loop over the experts.
 
 On a GPU the linear layers of ``TEGroupedMLP`` are TransformerEngine's, which multiply all experts
-in one kernel. Those here hold the same parameters under the same names (``weight0``, ``weight1``,
-...) with the same marks, so that optimizers and checkpoints see what they would see there.
+in one kernel. The layers here hold the same parameters under the same names (``weight0``,
+``weight1``, ...) with the same attributes, so that optimizers and checkpoints work as on a GPU.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from sso_megatron.mcore.compat import private_api
 
 
 class _GroupedLinear(torch.nn.Module):
-    """A linear layer for each expert of this rank.
+    """Applies a linear layer for each expert of this rank.
 
-    Nothing is communicated: Megatron's dispatcher brings every rank the tokens that its experts
+    Nothing is communicated: Megatron's dispatcher sends every rank the tokens that its experts
     need, and sums the results over the ranks that share an expert.
     """
 
-    cut_dim: int  # dimension of a weight that expert tensor parallelism cuts
+    cut_dim: int  # dimension of a weight that expert tensor parallelism shards
 
     def __init__(
         self,
@@ -40,18 +40,18 @@ class _GroupedLinear(torch.nn.Module):
         pg_collection: Any,
         **kwargs: Any,
     ) -> None:
-        """Takes what Megatron passes; ``kwargs`` is about kernels and names.
+        """Make the layers from Megatron's arguments.
 
         Args:
-            num_gemms: experts of this rank.
+            num_gemms: number of experts on this rank.
             input_size: width of a token, over all ranks that share an expert.
-            output_size: width of its result, likewise.
+            output_size: width of a result, over all ranks that share an expert.
             config: the model's ``TransformerConfig``.
             init_method: fills a whole weight.
             bias: whether each expert has a bias.
-            skip_bias_add: return the biases instead of adding them.
+            skip_bias_add: whether ``forward`` returns the biases instead of adding them.
             pg_collection: Megatron's ``ProcessGroupCollection``.
-            kwargs: unused.
+            kwargs: options of kernels, and names; ignored.
         """
         super().__init__()
         self.num_gemms = num_gemms
@@ -74,15 +74,15 @@ class _GroupedLinear(torch.nn.Module):
                 _mark(self.get_parameter(f"bias{i}"), 0 if self.cut_dim == 0 else None, is_apart)
         self.register_load_state_dict_pre_hook(self._drop_extra_states)
         if config.perform_initialization:
-            # A gated layer holds gate and up, each of which is cut.
+            # A gated layer holds gate and up, each of which is sharded.
             stride = 2 if config.gated_linear_unit and self.cut_dim == 0 else 1
             self._draw((output_size, input_size), stride, init_method)
 
     @torch.no_grad()
     def _draw(self, whole: tuple[int, int], stride: int, init_method: Callable[[Tensor], Any]) -> None:
-        """Draws the weights of all experts of the model whole, and keeps this rank's.
+        """Draw the whole weights of all experts of the model, and keep this rank's shards.
 
-        So they are the same for every number of ranks, as with ``use_cpu_initialization``.
+        So the weights are the same for every number of ranks, as with ``use_cpu_initialization``.
         """
         tp_group = self.groups.expt_tp
         for expert in range(self.num_gemms * self.groups.ep.size()):
@@ -103,14 +103,15 @@ class _GroupedLinear(torch.nn.Module):
         return [self.get_parameter(f"{name}{i}") for i in range(self.num_gemms)]
 
     def forward(self, tokens: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, list[Tensor] | None]:
-        """Multiplies the tokens of each expert by its weight. No collective.
+        """Multiply the tokens of each expert by its weight. No collective.
 
         Args:
             tokens: ``(num_tokens, width)``, sorted by expert.
-            tokens_per_expert: how many are whose.
+            tokens_per_expert: number of tokens of each expert.
 
         Returns:
-            ``(num_tokens, width of the result)``, and the biases if they were not added.
+            The results ``(num_tokens, width of the result)``, and the biases if they were not added, else
+            None.
         """
         biases = self._of_each_expert("bias") if self.use_bias else None
         added = [None] * self.num_gemms if biases is None or self.skip_bias_add else biases
@@ -119,21 +120,21 @@ class _GroupedLinear(torch.nn.Module):
         return out, [*biases] if biases is not None and self.skip_bias_add else None
 
     def get_extra_state(self) -> None:
-        """Nothing, under a key that checkpoints of all other linear layers have."""
+        """Return None, so that checkpoints have the key that all other linear layers give them."""
 
     def set_extra_state(self, state: Any) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     @staticmethod
     def _drop_extra_states(layer: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Leaves one of the experts' extra states in what is loaded, as the layer has one."""
+        """Remove all but the first expert's extra state from ``state_dict``: the layer has only one."""
         for i in range(1, layer.num_gemms):
             state_dict.pop(f"{prefix}_extra_state{i}", None)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """This rank's shards under the keys that ``SequentialMLP`` gives its experts. No collective."""
+        """Return this rank's shards under the keys of ``SequentialMLP``'s experts. No collective."""
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
         num_experts = self.num_gemms * self.groups.ep.size()
@@ -166,19 +167,19 @@ class _GroupedLinear(torch.nn.Module):
 
 
 class ColumnGroupedLinear(_GroupedLinear):
-    """Its ranks hold different rows of each weight, hence different widths of the result."""
+    """Shards the rows of each weight, so that each rank computes other columns of the result."""
 
     cut_dim = 0
 
 
 class RowGroupedLinear(_GroupedLinear):
-    """Its ranks hold different columns of each weight, hence results that are to be summed."""
+    """Shards the columns of each weight, so that the ranks' results have to be summed."""
 
     cut_dim = 1
 
 
 def _mark(param: Any, cut_dim: int | None, is_apart: bool) -> None:
-    """Sets the attributes by which Megatron reduces gradients and counts norms."""
+    """Set the attributes of a parameter by which Megatron reduces its gradient and counts it in norms."""
     param.allreduce = not is_apart
     param.tensor_model_parallel = cut_dim is not None
     if cut_dim is not None:
@@ -188,9 +189,9 @@ def _mark(param: Any, cut_dim: int | None, is_apart: bool) -> None:
 
 @functools.cache
 def accept_grouped_experts() -> None:
-    """Has the local specification build ``TEGroupedMLP`` where ``--moe-grouped-gemm`` asks for it.
+    """Make the local specification build ``TEGroupedMLP`` where ``--moe-grouped-gemm`` asks for it.
 
-    It would silently build experts one by one, under other parameter names.
+    Megatron's own would silently build experts one by one, under other parameter names.
     """
     from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 

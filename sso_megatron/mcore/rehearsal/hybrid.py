@@ -1,7 +1,7 @@
-"""Megatron's HybridModel on the CPU: its layers of attention, MLPs and experts from local modules.
+"""Megatron's HybridModel on the CPU, with layers of attention, MLPs and experts from local modules.
 
-The specification that Megatron ships is made of TransformerEngine's modules; here it is refilled
-with those of the local GPT specification, in place, so that every script that uses it gets them.
+The specification that Megatron ships is made of TransformerEngine's modules. Here they are replaced by
+those of the local GPT specification, in place, so that every script that uses the specification gets them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from sso_megatron.mcore.compat import private_api, versions
 
 
 def accept_hybrid_model(pattern: str, qk_layernorm: bool) -> None:
-    """Lets ``HybridModel`` be built without TransformerEngine.
+    """Make it possible to build ``HybridModel`` without TransformerEngine.
 
     Args:
-        pattern: one symbol a layer, from ``--hybrid-layer-pattern``.
-        qk_layernorm: whether latent attention normalises what it has compressed. Other attention
-            of a hybrid model never does.
+        pattern: the value of ``--hybrid-layer-pattern``, with one symbol for each layer.
+        qk_layernorm: whether latent attention normalises its compressed queries, keys and values.
+            Other attention of a hybrid model never normalises them.
 
     Raises:
-        ValueError: If the pattern has a layer that only a GPU can run.
+        ValueError: the pattern has a layer that only a GPU can run.
     """
     from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
@@ -39,7 +39,7 @@ def accept_hybrid_model(pattern: str, qk_layernorm: bool) -> None:
 
 
 def gpu_layer(pattern: str) -> tuple[str, str] | None:
-    """Symbol and name of a layer in ``--hybrid-layer-pattern`` that needs kernels for GPUs, if any."""
+    """Return symbol and name of a layer in a pattern that needs kernels for GPUs; None if there is none."""
     from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
     needing = (
@@ -57,15 +57,15 @@ def _refill(qk_layernorm: bool) -> None:
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    # This norm follows the model's configuration, whatever the specification was asked for.
+    # The norm follows the model's configuration, whatever name is given here.
     gpt = functools.partial(get_gpt_layer_local_submodules, normalization="RMSNorm")
     layers = hybrid_stack_spec.submodules
     layers.attention_layer.submodules = _attention_of(gpt())
     latent = gpt(multi_latent_attention=True, qk_layernorm=qk_layernorm)
-    if not versions.is_0_18():  # which has no such layers
+    if not versions.is_0_18():  # 0.18 has no such layers
         layers.mla_layer.submodules = _attention_of(latent)
     layers.mlp_layer.submodules = _mlp_of(gpt())
-    # Grouped without being asked, as with TransformerEngine; the number only says "experts".
+    # Always grouped, as with TransformerEngine; the number of experts only selects such a layer.
     layers.moe_layer.submodules = _mlp_of(gpt(num_experts=1, moe_grouped_gemm=True))
     for layer in layers.mtp_block_spec.submodules.layer_specs:
         layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = WrappedTorchNorm
@@ -75,7 +75,7 @@ def _refill(qk_layernorm: bool) -> None:
 
 
 def _attention_of(layer: Any) -> Any:
-    """A transformer layer's first half."""
+    """Return a copy of a transformer layer's submodules with the attention alone."""
     from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 
     half = copy.copy(layer)
@@ -85,7 +85,7 @@ def _attention_of(layer: Any) -> Any:
 
 
 def _mlp_of(layer: Any) -> Any:
-    """A transformer layer's second half."""
+    """Return a copy of a transformer layer's submodules with the MLP or experts alone."""
     from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 
     half = copy.copy(layer)

@@ -1,9 +1,9 @@
-"""Rehearsing Megatron on a machine without a GPU: the same training, on the CPU over Gloo.
+"""The start of a rehearsal, which runs Megatron without a GPU: the same training, on the CPU over Gloo.
 
 Megatron asserts that CUDA exists. Where it does not, ``start_rehearsal`` redirects torch's CUDA
-interface to the CPU and ``adapt_arguments`` chooses the implementations that a CPU can run. What
-is trained does not change: model, data, precision, schedule and optimizer stay as given. Where
-CUDA exists, nothing of this applies and ``start_rehearsal`` refuses to run.
+interface to the CPU, and ``adapt_arguments`` chooses the implementations that a CPU can run. The
+training itself does not change: model, data, precision, schedule and optimizer stay as given. Where
+CUDA exists, none of this applies, and ``start_rehearsal`` refuses to run.
 
 ``skip_helper_compilation`` is not about the CPU: it applies to every installation from a wheel.
 """
@@ -31,23 +31,23 @@ _rehearsing = False
 
 @functools.cache
 def cuda_is_missing() -> bool:
-    """Whether this machine has no CUDA device.
+    """Return whether this machine has no CUDA device.
 
-    Cached at the first call, hence before ``start_rehearsal`` makes torch claim a device.
+    The answer is cached at the first call, before ``start_rehearsal`` makes torch claim a device.
     ``CUDA_VISIBLE_DEVICES=`` (empty) makes a GPU machine look like one without.
     """
     return not torch.cuda.is_available()
 
 
 def rehearses() -> bool:
-    """Whether ``start_rehearsal`` has redirected CUDA to the CPU."""
+    """Return whether ``start_rehearsal`` has redirected CUDA to the CPU."""
     return _rehearsing
 
 
 class _RngWarning(logging.Filter):
-    """Drops Megatron's complaint that the CPU's generator changed while it swapped CUDA's.
+    """Drops Megatron's warning that the CPU's generator changed while it swapped CUDA's.
 
-    On a GPU that hints at a bug; here both are the same generator, so it is always true.
+    On a GPU such a change hints at a bug; here both are the same generator, so it always changes.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -55,12 +55,12 @@ class _RngWarning(logging.Filter):
 
 
 def start_rehearsal() -> None:
-    """Redirects CUDA to the CPU for the rest of the process. Further calls do nothing.
+    """Redirect CUDA to the CPU for the rest of the process. Further calls do nothing.
 
-    Prints one line on global rank 0. Issues no collectives.
+    One line is printed on global rank 0. No collective.
 
     Raises:
-        RuntimeError: If a CUDA device exists, or if Megatron was imported before.
+        RuntimeError: a CUDA device exists, or Megatron was imported before.
     """
     global _rehearsing
     if not cuda_is_missing():
@@ -78,7 +78,7 @@ def start_rehearsal() -> None:
         )
     # Megatron's fused functions would otherwise each start a C++ compiler in every rank.
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    # validate_args insists on it under tensor parallelism; meaningless without CUDA.
+    # validate_args requires this under tensor parallelism; without CUDA it has no meaning.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
     from sso_megatron.mcore.rehearsal.torch_stubs import redirect_torch
@@ -87,7 +87,7 @@ def start_rehearsal() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_RngWarning())
     # Megatron's data loaders always ask for pinned memory.
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
-    # Nine lines a rank, of packages that only a GPU could use.
+    # Each rank would print nine lines about packages that only a GPU could use.
     warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
     warnings.filterwarnings("ignore", message="Only transformer-engine>=")
     _rehearsing = True
@@ -102,7 +102,7 @@ def start_rehearsal() -> None:
 class _Refusal(NamedTuple):
     """A request that the CPU cannot carry out without changing what is trained."""
 
-    name: str  # of the argparse attribute
+    name: str  # the argparse attribute
     allowed: tuple[Any, ...]  # the values that a CPU can do
     flag: str
     rule: str
@@ -119,7 +119,7 @@ _REFUSALS = (
     _Refusal("fp4", (None,), "--fp4-format", _NEEDS_TE, "use --bf16"),
     _Refusal(
         "transformer_impl",
-        ("transformer_engine", "local"),  # the former is switched to the latter
+        ("transformer_engine", "local"),  # adapt_arguments switches the former to the latter
         "--transformer-impl",
         "is for inference on a GPU",
     ),
@@ -156,11 +156,11 @@ _REFUSALS = (
     ),
 )
 
-# What is set, and why. None of these changes the mathematics of a step.
+# The arguments that are set, and why. None of them changes the mathematics of a step.
 _SETTINGS: dict[str, Any] = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",  # TransformerEngine needs a GPU
-    # Draws every weight whole and cuts it afterwards: equal weights for every TP size.
+    # Every weight is drawn whole and sharded afterwards: equal weights for every TP size.
     "use_cpu_initialization": True,
     "no_persist_layer_norm": True,  # an apex kernel; torch's LayerNorm asserts that it is off
     "gradient_accumulation_fusion": False,  # an apex kernel
@@ -191,19 +191,19 @@ _SETTINGS: dict[str, Any] = {
 
 
 def adapt_arguments(args: Namespace) -> None:
-    """Chooses the implementations that a CPU can run. Call it before ``validate_args``.
+    """Choose the implementations that a CPU can run. Call it before ``validate_args``.
 
-    ``transformer_impl`` is switched without a word: its default, ``transformer_engine``, cannot
-    be told from a request. Because of that, the local implementation is also taught what only
-    TransformerEngine's knew: sequence and context parallelism, multi-latent attention and grouped
+    ``transformer_impl`` is switched silently: its default, ``transformer_engine``, cannot be told from
+    a request. Because of that, the local implementation also gets features that only
+    TransformerEngine's has: sequence and context parallelism, multi-latent attention and grouped
     experts.
 
     Args:
         args: Megatron's parsed arguments; changed in place.
 
     Raises:
-        ValueError: If a flag asks for something that would change what is trained if it were
-            replaced, or that cannot be replaced.
+        ValueError: a flag asks for something that cannot be replaced, or whose replacement would change
+            what is trained.
     """
     for name, allowed, flag, rule, way_out in _REFUSALS:
         value = getattr(args, name, allowed[0])
@@ -237,15 +237,15 @@ def adapt_arguments(args: Namespace) -> None:
 
 
 def leave_out_refused(args: Namespace) -> list[str]:
-    """Take out of the arguments what ``adapt_arguments`` would refuse, for a model that is not trained.
+    """Reset the arguments that ``adapt_arguments`` would refuse, for a model that is not trained.
 
-    None of it decides which parameters there are. Call it before ``adapt_arguments``.
+    None of these arguments decides which parameters there are. Call it before ``adapt_arguments``.
 
     Args:
         args: Megatron's parsed arguments; changed in place.
 
     Returns:
-        The flags that are not read any more.
+        The flags of the arguments that were reset.
     """
     left_out = []
     for name, allowed, flag, _, _ in _REFUSALS:
@@ -258,10 +258,10 @@ def leave_out_refused(args: Namespace) -> list[str]:
 
 
 def _skip_warmup() -> None:
-    """Skips the warm-up of functions that are not compiled here.
+    """Skip the warm-up of functions that are not compiled here.
 
-    It draws random numbers, as many as the shard is wide. On a GPU they come from CUDA's
-    generator; here they would come from the one that draws the weights, and the initial weights
+    The warm-up draws random numbers, as many as the shard is wide. On a GPU they come from CUDA's
+    generator; here they would come from the generator that draws the weights, and the initial weights
     would depend on the TP size.
     """
     private_api.replace("megatron.training.initialize:_warmup_jit_function", lambda tp_size=None: None)
@@ -269,10 +269,10 @@ def _skip_warmup() -> None:
 
 @functools.cache
 def _accept_sequence_parallel() -> None:
-    """Teaches the local specification's norm what the one of TransformerEngine knows.
+    """Make the local specification's norm accept sequence parallelism, as TransformerEngine's does.
 
-    It refuses sequence parallelism, which MoE under TP demands. The mathematics is the same: a
-    norm acts on single tokens, and Megatron sums the gradient of a parameter that is marked.
+    The local norm refuses sequence parallelism, which MoE under TP demands. The mathematics is the same:
+    a norm acts on single tokens, and Megatron sums the gradient of a parameter that is marked.
     """
     path = "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__"
     build = private_api.existing(path)
@@ -291,11 +291,11 @@ def _accept_sequence_parallel() -> None:
 
 
 def skip_helper_compilation() -> None:
-    """Keeps ``initialize_megatron`` from compiling the data set helpers that a wheel contains.
+    """Keep ``initialize_megatron`` from compiling the data set helpers that a wheel contains.
 
-    It runs ``make`` in Megatron's installed folder, which has no Makefile, and exits when that
-    fails. Where the compiled helpers are missing (a source checkout), nothing is changed. This
-    one applies to GPU machines too, and imports Megatron.
+    Megatron runs ``make`` in its installed folder, which has no Makefile, and exits when that fails.
+    Where the compiled helpers are missing (a source checkout), nothing is changed. This function applies
+    to GPU machines, too, and imports Megatron.
     """
     try:
         import megatron.core.datasets.helpers_cpp  # noqa: F401
@@ -305,4 +305,4 @@ def skip_helper_compilation() -> None:
 
 
 def _helpers_are_compiled() -> None:
-    """Replaces ``compile_helpers``."""
+    """Do nothing, in the place of ``compile_helpers``."""

@@ -1,12 +1,12 @@
-"""Stand-ins that let code written for CUDA run on the CPU: torch's half of a rehearsal.
+"""Replacements in torch by which code written for CUDA runs on the CPU, for a rehearsal.
 
-Three redirections, installed once by :func:`redirect_torch`:
+There are three redirections, which ``redirect_torch`` installs once:
 
 1. a ``TorchFunctionMode`` sends every tensor that is asked for on a CUDA device to the CPU;
 2. the tables below replace functions of ``torch.cuda`` (and a few of ``torch.distributed``);
-3. the data loader no longer draws from the one generator that the CPU has.
+3. the data loader no longer draws from the CPU's only generator.
 
-Nothing here knows Megatron; the comments name the place in Megatron that needs each entry.
+The code does not depend on Megatron; comments name the place in Megatron that needs an entry.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from torch.overrides import TorchFunctionMode
 
 
 def _device_on_cpu(device: Any) -> Any:
-    """Maps a CUDA device (``"cuda"``, ``"cuda:1"``, ``torch.device``, bare index) to the CPU."""
+    """Return the CPU for a CUDA device, and anything else as it is.
+
+    A CUDA device is given as ``"cuda"``, ``"cuda:1"``, ``torch.device`` or a bare index.
+    """
     if isinstance(device, bool):  # bool is an int, but ``Tensor.to(dtype, True)`` means a flag
         return device
     if isinstance(device, int):  # torch.cuda.current_device() is passed on as a bare index
@@ -38,7 +41,7 @@ def _device_on_cpu(device: Any) -> Any:
 
 
 def _type_name(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """``Tensor.type``: names a CPU tensor as if it were on a CUDA device."""
+    """Replace ``Tensor.type``: name a CPU tensor as if it were on a CUDA device."""
     if dtype is not None:
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.")
@@ -47,11 +50,11 @@ def _type_name(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: An
 
 
 def _moved(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """``Tensor.to``: the target may be positional, as in ``x.to("cuda")``."""
+    """Replace ``Tensor.to``, whose target device may be positional, as in ``x.to("cuda")``."""
     return tensor.to(*(_device_on_cpu(arg) for arg in args[:1]), *args[1:], **kwargs)
 
 
-# Tensor methods with a meaning of their own here. Everything else is left to torch.
+# Tensor methods that are replaced here. All others are left to torch.
 _TENSOR_METHODS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.cuda: lambda tensor, *args, **kwargs: tensor,  # model and batch are moved by it
     torch.Tensor.to: _moved,
@@ -76,11 +79,11 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 def _redirect_backward() -> None:
-    """Keeps the redirection alive in backward passes.
+    """Keep the redirection on in backward passes.
 
     ``torch.autograd.backward`` is itself a function that a mode sees, and torch switches a mode
     off while it handles a function: Megatron's own backward functions would ask for CUDA tensors
-    in vain. All of torch's ways into the engine pass through one function.
+    in vain. All of torch's calls of the autograd engine pass through one function.
     """
     run = torch.autograd.graph._engine_run_backward
 
@@ -94,13 +97,13 @@ def _redirect_backward() -> None:
 
 
 class _Stream:
-    """A queue of work. The CPU runs everything in order, so there is never anything to wait for."""
+    """Stands in for a CUDA stream. The CPU runs everything in order, so there is nothing to wait for."""
 
     device = torch.device("cpu")
     cuda_stream = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Accepts and ignores device and priority."""
+        """Accept and ignore device and priority."""
 
     def __enter__(self) -> _Stream:
         return self
@@ -108,59 +111,59 @@ class _Stream:
     def __exit__(self, *exc_info: Any) -> None: ...
 
     def wait_stream(self, stream: Any) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def wait_event(self, event: Any) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def synchronize(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def record_event(self, event: _Event | None = None) -> _Event:
-        """Returns an event that lies in the past."""
+        """Record ``event``, or a new event, and return it."""
         event = event or _Event()
         event.record(self)
         return event
 
     def query(self) -> bool:
-        """Returns True: all work is done."""
+        """Return True: all work is done."""
         return True
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
-        """Returns the only priority that there is."""
+        """Return the only priority that there is."""
         return (0, 0)
 
 
 class _Event:
-    """A point in time; recorded at once, because the CPU is never behind."""
+    """Stands in for a CUDA event: a point in time, recorded at once, because the CPU is never behind."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._recorded_at = time.perf_counter()
 
     def record(self, stream: Any = None) -> None:
-        """Notes the time."""
+        """Store the current time."""
         self._recorded_at = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def synchronize(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def query(self) -> bool:
-        """Returns True: the event has happened."""
+        """Return True: the event has happened."""
         return True
 
     def elapsed_time(self, end: _Event) -> float:
-        """Returns the milliseconds from this event to ``end``."""
+        """Return the milliseconds from this event to ``end``."""
         return 1e3 * (end._recorded_at - self._recorded_at)
 
 
 def _constant(value: Any) -> Callable[..., Any]:
-    """Returns a new function of anything that returns ``value``.
+    """Return a new function that takes any arguments and returns ``value``.
 
-    A new one for every name: torch.compile tabulates the functions of torch.cuda and refuses to
+    Each name needs a new function: torch.compile tabulates the functions of torch.cuda and refuses to
     find one of them under two names.
     """
     return lambda *args, **kwargs: value
@@ -193,7 +196,7 @@ _CUDA_FUNCTIONS: dict[str, Any] = {
     "Event": _Event,
     "current_stream": _constant(_THE_STREAM),
     "stream": lambda stream: contextlib.nullcontext(stream),
-    # Random numbers. The CPU has one generator for what CUDA code keeps in two. The generator's
+    # Random numbers. The CPU has one generator where CUDA code has two. The generator's
     # own methods are called: torch.manual_seed would call torch.cuda.manual_seed_all again.
     "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
     "manual_seed_all": lambda seed: torch.default_generator.manual_seed(int(seed)),
@@ -207,7 +210,7 @@ _RANDOM_NAMES = ("manual_seed", "manual_seed_all", "get_rng_state", "set_rng_sta
 
 # torch.accelerator.<name>: how torch itself looks for a device (optimizers for a graph capture,
 # data loaders for pinned memory, collectives for their tensors). It follows torch.cuda's
-# is_available, so it has to be told the truth.
+# is_available, so it has to report that there is no device.
 _ACCELERATOR_FUNCTIONS: dict[str, Any] = {
     "is_available": _constant(False),
     "current_accelerator": _constant(None),
@@ -215,13 +218,13 @@ _ACCELERATOR_FUNCTIONS: dict[str, Any] = {
 
 
 class _UnequalGather:
-    """The handle of an asynchronous padded gather: unpads once the communication is done."""
+    """Waits for an asynchronous padded gather, and then removes the padding."""
 
     def __init__(self, work: Any, padded: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         self._work, self._padded, self._outputs = work, padded, outputs
 
     def wait(self, *args: Any) -> bool:
-        """Waits for the gather and fills the callers' tensors."""
+        """Wait for the gather and fill the callers' tensors."""
         if self._work is not None:  # None: this rank is outside the group, or it was synchronous
             self._work.wait(*args)
         for output, padded in zip(self._outputs, self._padded, strict=True):
@@ -230,7 +233,7 @@ class _UnequalGather:
 
 
 def _gather_unequal(all_gather: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``all_gather``: NCCL accepts tensors of unequal sizes, Gloo does not."""
+    """Wrap ``all_gather`` to pad tensors of unequal sizes, which NCCL accepts and Gloo does not."""
 
     @functools.wraps(all_gather)
     def gather(
@@ -257,10 +260,10 @@ def _gather_unequal(all_gather: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _list_split_sizes(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``all_to_all_single`` for the MoE dispatcher's split sizes.
+    """Wrap ``all_to_all_single`` to accept the MoE dispatcher's split sizes as tensors.
 
-    The dispatcher copies them from the GPU into NumPy arrays. A tensor that is on the CPU from
-    the start it leaves alone, but the collective takes no tensor.
+    The dispatcher copies split sizes from the GPU into NumPy arrays. It does not convert a tensor that
+    is on the CPU from the start, but the collective accepts no tensor.
     """
 
     def listed(sizes: Any) -> Any:
@@ -288,7 +291,7 @@ def _list_split_sizes(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keep_generator(iterate: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``DataLoader.__iter__``, which draws a seed for workers from the CPU's generator.
+    """Wrap ``DataLoader.__iter__`` so that its seed for workers leaves the CPU's generator as it was.
 
     Only the first rank of a tensor-parallel group has a data loader. On a GPU its draw does not
     touch CUDA's generator; here it would, and the dropout masks of the group would differ.
@@ -305,7 +308,7 @@ def _keep_generator(iterate: Callable[..., Any]) -> Callable[..., Any]:
     return keep
 
 
-# torch.distributed.<name>: what NCCL takes from Megatron and Gloo does not.
+# torch.distributed.<name>: calls of Megatron's that NCCL accepts and Gloo does not.
 _COLLECTIVES: dict[str, Callable[..., Any]] = {
     "all_gather": _gather_unequal,
     "all_to_all_single": _list_split_sizes,
@@ -313,12 +316,12 @@ _COLLECTIVES: dict[str, Callable[..., Any]] = {
 
 
 def redirect_torch() -> None:
-    """Installs the redirections for the rest of the process. Call it once, without CUDA only."""
+    """Install the redirections for the rest of the process. Call it once, and only without CUDA."""
     for name, stand_in in _CUDA_FUNCTIONS.items():
         setattr(torch.cuda, name, stand_in)
     for name, stand_in in _ACCELERATOR_FUNCTIONS.items():
         setattr(torch.accelerator, name, stand_in)
-    for name in _RANDOM_NAMES:  # the same functions under their second address
+    for name in _RANDOM_NAMES:  # the same functions under their second name
         setattr(torch.cuda.random, name, _CUDA_FUNCTIONS[name])
     for name, wrap in _COLLECTIVES.items():
         collective = wrap(getattr(dist, name))
