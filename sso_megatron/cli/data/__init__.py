@@ -1,1 +1,8 @@
-"""``sso-megatron data`` turns text files into Megatron's indexed data sets."""
+"""``sso-megatron data``: text files as Megatron's indexed data sets.
+
+``prepare`` and ``load`` are the same from Python; docs/data.md shows them.
+"""
+
+from sso_megatron.cli.data.command import load, prepare
+
+__all__ = ["load", "prepare"]

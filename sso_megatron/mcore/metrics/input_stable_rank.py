@@ -77,8 +77,8 @@ class InputStableRank:
 
         Collectives: one all-reduce for each embedding. Other weights are batched by the width of their
         activations and by the group of ranks that saw other tokens; each batch takes one all-reduce and
-        those of ``linalg.norms.stable_rank.squared_norms`` over that group, and where columns are sharded one
-        more over the tensor-parallel group.
+        those of ``linalg.norms.stable_rank.squared_norms`` over that group, and where columns are sharded
+        one more over the tensor-parallel group.
         """
         found: dict[str, float] = {}
         for name, counts in self._counts.items():
