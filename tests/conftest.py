@@ -8,14 +8,34 @@ import torch
 from helpers import browser as browsers
 from helpers.megatron_runs import Megatron, zygote
 
-_MARKERS = {"megatron": "megatron", "other": "megatron", "browser": "browser", "cluster": "slurm"}
+_MARKERS = {
+    "megatron": "megatron",
+    "other": "megatron",
+    "browser": "browser",
+    "cluster": "slurm",
+    "ended": "slow",
+    "site": "slow",
+}
 """The marker of every test that asks for a fixture, itself or through another one."""
+
+_FIRST = (
+    "test_every_layout.py",
+    "test_slurm.py",
+    "test_plan.py",
+    "test_distributed_optimizer.py",
+    "test_docs.py",
+    "test_bf16_layouts.py",
+    "test_commands.py",
+)
+"""The files that take longest: workers begin with them, and short ones fill up what is left."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their fixtures; skip those of a GPU where there is none."""
+    """Mark tests by fixtures, skip those of a GPU where there is none, put the longest files first."""
     has_cuda = torch.cuda.is_available()
+    place = {name: number for number, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(_FIRST)))
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
             if fixture in _MARKERS:

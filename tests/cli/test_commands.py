@@ -43,6 +43,7 @@ def printed_losses(output: str) -> list[float]:
     return [float(x) for x in re.findall(r"lm loss: (\S+)", output)]
 
 
+@pytest.mark.slow
 def test_an_unmodified_script_and_ours_train_alike(tmp_path: Path) -> None:
     """A user's own script with one changed flag, over two ranks, prints what our script prints."""
     argv = tiny("--spectral-mup-init", "--train-iters", 6, "--eval-iters", 1, tp=2)
@@ -84,6 +85,7 @@ def first_run(output: Path, *args: str) -> "subprocess.CompletedProcess[str]":
     return ended
 
 
+@pytest.mark.slow
 def test_first_run_with_another_optimizer(output: Path) -> None:
     """Shortened, too; all of them at full length are in docs/algorithms/index.md."""
     flags = ["--log-spectral-criterion", "5"]
@@ -94,6 +96,7 @@ def test_first_run_with_another_optimizer(output: Path) -> None:
     assert (folder / "criterion.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_first_run(output: Path) -> None:
     """The main job, shortened: data, training, evaluation, picture, checkpoint, one JSON line."""
     ended = first_run(output, "--iterations", "12")
@@ -117,6 +120,7 @@ def test_first_run(output: Path) -> None:
     assert len(measured) == 2 and all(0 <= error < 0.1 for error in measured)
 
 
+@pytest.mark.slow
 def test_a_failed_run_shows_why(tmp_path: Path) -> None:
     """Both ranks refuse the flag and end under torchrun; one line says why."""
     command = [sys.executable, "-m", "sso_megatron.cli.main", "first-run", "--output", str(tmp_path)]
@@ -134,6 +138,7 @@ def test_a_failed_run_shows_why(tmp_path: Path) -> None:
     assert "{" not in ended.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_terminated_run(tmp_path: Path) -> None:
     """On a terminal; SIGTERM, as a time limit or a closed terminal sends it, ends the ranks too."""
     command = [sys.executable, "-m", "sso_megatron.cli.main", "first-run", "--output", str(tmp_path)]

@@ -14,6 +14,7 @@ import pytest
 from helpers.paths import ROOT
 from helpers.processes import HANGS_AFTER
 
+pytestmark = pytest.mark.slow
 TRAIN = ROOT / "launch" / "train.sh"
 NAMES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE", "RUNS", "RUN_DIR", "SCRIPT")
 
@@ -124,6 +125,7 @@ def test_an_unknown_experiment() -> None:
 
 LISTENER = """
 import os, signal, sys, time
+
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
 open("ready" + os.environ["RANK"], "w").close()
 time.sleep(300)

@@ -15,6 +15,7 @@ import pytest
 
 from helpers.browser import Browser
 from helpers.megatron_runs import MOE, Megatron, Run, tiny
+from helpers.plans import assert_same_loads, read
 from helpers.processes import HANGS_AFTER
 from sso_megatron.cli.plan.speed import Speed
 from sso_megatron.mcore.plan.records import Load, Plan, RankLoad
@@ -54,10 +55,6 @@ LAYOUTS: dict[str, tuple[int, int, str, list[object]]] = {
 def plan(megatron: Megatron, argv: list[str], *options: object, fails: bool = False) -> Run:
     own = [*map(str, options), "--json", "plan.json"]
     return megatron.run([*own, *argv], main="plan_probes:plan", fails=fails)
-
-
-def read(run: Run) -> dict[str, Any]:
-    return json.loads((run.folder / "plan.json").read_text())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -134,28 +131,6 @@ def assert_same_scales(planned: dict[str, Any], found: dict[str, Any], moves: di
     norm = planned["settings"].get("c", 1)
     for name, m in found.items():
         assert m["scale"] * norm == pytest.approx(moves[name], rel=1e-3), name
-
-
-def assert_same_loads(planned: dict[str, Any], real: Run) -> None:
-    """Flops of a warm step and bytes it receives, as counted on it, and bytes of the state."""
-    loads = {tuple(rank[key] for key in PLACE): rank["load"] for rank in planned["ranks"]}
-    counted = (real.saved(name) for name in ("place", "flops", "received", "bytes"))
-    for place, flops, received, kept in zip(*counted, strict=True):
-        load = loads[tuple(place[key] for key in PLACE)]
-        assert load["flops"] == pytest.approx(flops, rel=1e-6)
-        if planned["is_sharded"]:
-            # The optimizer gathers weights over data-parallel ranks as it steps.
-            assert all(cut["mode"] == "owner" for cut in planned["cuts"])
-            del received["all_gather"]
-        assert load["received"] == received.total()
-        assert load["momentum"] == kept["momentum"]
-        if planned["is_sharded"] and place["data"]:  # AdamW's parameters are cut anywhere, but aligned
-            assert all(abs(kept[name] - load[name]) <= 1024 for name in ("adamw", "masters"))
-        else:
-            assert (load["adamw"], load["masters"]) == (kept["adamw"], kept["masters"])
-
-
-PLACE = ("stage", "tensor", "data", "expert_tensor", "expert_data")
 
 
 # ---------------------------------------------------------------- the paper's models
@@ -364,6 +339,7 @@ def test_seconds_of_an_iteration() -> None:
     assert speed.seconds(made) == (2.0, 9.0) and speed.share(made) == pytest.approx(9 / 11)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     """As a user types it: standard output has the tables alone, and files stand where they should."""
     argv = tiny("--num-layers", 4, *PP2, DIST, "--bf16", tp=2)

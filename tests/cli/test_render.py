@@ -216,6 +216,7 @@ def test_an_installed_package_needs_a_folder(monkeypatch: pytest.MonkeyPatch, tm
         experiments.configs_folder(None)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     """As a script calls it, in a job with ranks of its own: words alone on standard output."""
     result = subprocess.run(

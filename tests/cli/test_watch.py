@@ -23,6 +23,8 @@ from helpers.run_folders import OFF_RADIUS, WEIGHT, append, begin, interval, rec
 from helpers.terminal import Terminal
 from sso_megatron.runs.live_state import LIGHTS
 
+pytestmark = pytest.mark.slow
+
 WATCH = [sys.executable, "-m", "sso_megatron.cli.main", "watch"]
 # ---------------------------------------------------------------- real runs
 

@@ -232,6 +232,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "words"), COMMANDS, ids=[f"{page.name}: {shlex.join(words)[:50]}" for page, words in COMMANDS]
 )

@@ -13,6 +13,7 @@ from helpers import oracle
 from helpers.comparisons import assert_equal
 from helpers.megatron_runs import Megatron, Run, assert_same_run, tiny
 from helpers.plain_muon_probes import run_block
+from helpers.plans import assert_same_loads, read
 from sso_megatron import SpectralConfig
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.mcore.flags.optimizers import OPTIMIZERS
@@ -38,9 +39,9 @@ def train(megatron: Megatron) -> Callable[..., Run]:
     """A function that trains a tiny model with plain Muon on some ranks, once for the same flags."""
 
     @functools.cache
-    def run(tp: int, *flags: object, register: str = "register") -> Run:
+    def run(tp: int, *flags: object, dp: int = 1, register: str = "register") -> Run:
         calls = (f"plain_muon_probes:{register}", "probes:weights", "checkpoint_state_probes:state")
-        return megatron.train(tiny(*FLAGS, *flags, tp=tp, optimizer="plain_muon"), tp, calls)
+        return megatron.train(tiny(*FLAGS, *flags, tp=tp, optimizer="plain_muon"), tp * dp, calls)
 
     return run
 
@@ -99,6 +100,23 @@ def test_its_flag_reaches_the_step(train: Callable[..., Run]) -> None:
 @pytest.mark.parametrize("mode", ["auto", "distributed", "owner", "duplicated"])
 def test_two_ranks_train_as_one(train: Callable[..., Run], mode: str) -> None:
     assert_same_run(train(2, "--spectral-tp-mode", mode), train(1))
+
+
+def test_sharded_ranks_train_as_one(train: Callable[..., Run]) -> None:
+    """Each data-parallel rank steps on its share of the matrices; measuring them changes nothing."""
+    sharded = train(1, "--use-distributed-optimizer", "--log-spectral-metrics", 1, dp=2)
+    assert_same_run(sharded, train(1))
+
+
+def test_a_plan_is_what_the_run_does(megatron: Megatron) -> None:
+    """Flops and bytes, which follow from the base class's defaults alone."""
+    argv = tiny(*FLAGS, "--train-iters", 2, "--lr-warmup-iters", 0, tp=2, optimizer="plain_muon")
+    calls = ("plain_muon_probes:register",)
+    planned = megatron.run(
+        ["--world-size", "2", "--json", "plan.json", *argv], calls=calls, main="plan_probes:plan"
+    )
+    real = megatron.run(argv, 2, (*calls, "plan_probes:watch"))
+    assert_same_loads(read(planned), real)
 
 
 def test_an_algorithm_for_whole_matrices_never_gets_a_shard(train: Callable[..., Run]) -> None:

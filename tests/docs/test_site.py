@@ -67,6 +67,7 @@ def test_every_page_is_in_the_site(site: Path) -> None:
     assert (site / "LICENSE.txt").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_strict_build_finds_what_is_wrong(tmp_path: Path) -> None:
     """Links, anchors, pictures and pages without a place in the navigation are nobody else's to check."""
     copy = tmp_path / "copy"

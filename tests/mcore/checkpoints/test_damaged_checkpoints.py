@@ -238,6 +238,7 @@ def test_state_of_another_optimizer(megatron: Megatron, sound: Path, adam: Path)
     assert_refused(megatron, load(sound, optimizer="spectra"), said)
 
 
+@pytest.mark.slow
 def test_optional_state_is_dropped_where_it_is_missing() -> None:
     from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 

@@ -160,6 +160,7 @@ def check_everything(folder: Path, base: Path, capsys: pytest.CaptureFixture[str
     assert hashes(folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", versions.MEGATRON.tested)
 def test_a_wheel(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_everything(unpacked(version, tmp_path / "wheel"), tmp_path / "runs", capsys)

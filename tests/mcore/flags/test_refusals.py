@@ -168,6 +168,7 @@ def start(args: list[str], tmp_path: Path, **env: str) -> "subprocess.CompletedP
     )
 
 
+@pytest.mark.slow
 def test_an_unsupported_megatron_is_refused(tmp_path: Path) -> None:
     """Another version beside the user's script, as in a checkout of Megatron-LM, hides the wheel."""
     core = tmp_path / "checkout" / "megatron" / "core"
@@ -185,6 +186,7 @@ def test_an_unsupported_megatron_is_refused(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_missing_emerging_optimizers_is_named(tmp_path: Path) -> None:
     """A path hook hides the package and its metadata, as if it were not installed."""
     (tmp_path / "sitecustomize.py").write_text(HIDE)
@@ -212,6 +214,7 @@ importlib.metadata.Distribution.from_name = from_name
 """
 
 
+@pytest.mark.slow
 def test_a_node_that_lost_its_gpu_does_not_rehearse(tmp_path: Path) -> None:
     """One node of two, and nobody hid the devices: without the error it would wait for the other."""
     node = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": "1", "LOCAL_RANK": "0"}

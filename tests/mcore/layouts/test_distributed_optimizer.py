@@ -3,9 +3,9 @@
 import math
 
 import pytest
-import rounding
 import torch
 
+from helpers import summation_order
 from helpers.megatron_runs import MOE, Megatron, Run, assert_same_run, tiny
 
 BASE = ["--spectral-mup-init", "--train-iters", "10", "--clip-grad", "0.5", "--log-num-zeros-in-grad"]
@@ -85,14 +85,14 @@ def test_gradients_are_clipped_alike_without_it(megatron, dense) -> None:
 def bf16(megatron: Megatron) -> tuple[Run, list[Run]]:
     """One rank's run, and the same with sums in other orders."""
     argv = tiny(*BASE, "--bf16")
-    return megatron.train(argv, calls=rounding.WATCH), rounding.reordered(megatron, argv)
+    return megatron.train(argv, calls=summation_order.WATCH), summation_order.reordered(megatron, argv)
 
 
 @pytest.mark.parametrize("flags", [SHARDED, OVERLAP], ids=["dp2", "dp2-overlap"])
 def test_bf16(megatron, bf16, flags) -> None:
     calls = (*WATCH_SHARDS, "rounding_probes:first_steps")
     run = megatron.train(tiny(*BASE, "--bf16", *flags), 2, calls=calls)
-    rounding.assert_within_rounding(run, *bf16)
+    summation_order.assert_within_rounding(run, *bf16)
     assert_sharded(run)
     assert run.summary["max_radius_error"] <= 1e-3
 

@@ -134,6 +134,7 @@ def test_choice_of_kernels() -> None:
         assert choose_kernel("quack", strided, is_square=True) == "torch"
 
 
+@pytest.mark.slow
 def test_triton_kernel_in_its_interpreter() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     script = HELPERS / "interpreted_syrk.py"

@@ -53,6 +53,7 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("split", "dtype"),
     [(False, torch.float32), (True, torch.float32), (True, torch.float64), (True, torch.bfloat16)],

@@ -59,6 +59,7 @@ def fifty_steps(problem, shape, settings, factor=oracle.polar_factor) -> float:
     return float(np.linalg.norm(param.detach().double().numpy() - exact) / np.linalg.norm(exact))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", [noise_problem, low_rank_problem])
 @pytest.mark.parametrize("shape", [(48, 64), (32, 80), (80, 32)])
 @pytest.mark.parametrize("settings", MODES, ids=lambda s: "-".join(map(str, s.values())))
@@ -66,6 +67,7 @@ def test_fifty_steps_follow_algorithm_1(problem, shape, settings) -> None:
     assert fifty_steps(problem, shape, settings) < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", [noise_problem, low_rank_problem])
 @pytest.mark.parametrize("settings", MODES, ids=lambda s: "-".join(map(str, s.values())))
 def test_fifty_steps_of_square_matrices(problem, settings) -> None:
