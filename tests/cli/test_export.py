@@ -187,19 +187,6 @@ def test_settings_are_those_of_the_run(megatron: Megatron) -> None:
         torch.testing.assert_close(found[name], proj[layer].bfloat16(), rtol=0, atol=0)
 
 
-def retract_before_training() -> None:
-    """Have the loop start from weights on their spheres, by the optimizer's own retraction."""
-    from helpers import probes
-
-    def retract(model: Any, optimizer: Any) -> None:
-        for found in probes.spectral_optimizers(optimizer):
-            members = {member.name: member for batch in found.batches for member in batch.members}
-            for name, weight, _ in list(found.retracted()):
-                members[name].split.write_(members[name].param.detach(), weight)
-
-    probes.around_train(retract, None)
-
-
 @pytest.fixture(scope="module")
 def for_megatron(megatron: Megatron, dense: Run) -> Path:
     """The dense run as a checkpoint of Megatron's."""
@@ -221,7 +208,7 @@ def test_megatron_loads_its_own_format_in_every_layout(
         megatron.train(tiny(*one, "--load", out, "--finetune", "--bf16", tp=2), 2),
     ]
     original = tiny(*one, "--load", dense.folder / "checkpoint", "--finetune")
-    reference = megatron.train(original, 1, ("test_export:retract_before_training",))
+    reference = megatron.train(original, 1, ("command_probes:retract_before_training",))
     untouched = megatron.train(original)
     losses = [run.losses[0] for run in [*runs, reference, untouched]]
     print("losses", losses)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import probes
 from helpers.comparisons import stored
 from helpers.megatron_runs import MOE, Megatron, Run, expert_by_itself, tiny
 from sso_megatron.cli.plot import axes as plot_axes
@@ -134,20 +133,9 @@ def test_patterns_that_do_not_fit(dense: Run, megatron: Megatron, pattern: str, 
     assert message in line
 
 
-def spoil() -> None:
-    """One weight that is not a number, from the start."""
-
-    def before(model: list[torch.nn.Module], optimizer: object) -> None:
-        weights = dict(model[0].named_parameters())
-        (name,) = [name for name in weights if name.endswith("layers.1.mlp.linear_fc2.weight")]
-        weights[name].data[0, 0] = torch.nan
-
-    probes.around_train(before, None)
-
-
 def test_weights_that_are_not_finite(megatron: Megatron) -> None:
     argv = tiny(*SAVING[1:], "--no-check-for-nan-in-loss-and-grad", optimizer="adam")
-    folder = megatron.train(argv, calls=("test_plot_singular:spoil",)).folder
+    folder = megatron.train(argv, calls=("command_probes:spoil_a_weight",)).folder
     argv = ["plot", str(folder), "--weights", r"layers\.1\.mlp\.linear_fc2"]
     run = megatron.run(argv, fails=True, main="command_probes:command")
     assert run.codes == [2]

@@ -92,3 +92,26 @@ def list_flags() -> None:
     before = sorted(parser._option_string_actions)
     add_arguments(parser)
     Path(sys.argv[1]).write_text(json.dumps([before, sorted(parser._option_string_actions)]))
+
+
+def spoil_a_weight() -> None:
+    """One weight that is not a number, from the start."""
+
+    def before(model: list[torch.nn.Module], optimizer: object) -> None:
+        weights = dict(model[0].named_parameters())
+        (name,) = [name for name in weights if name.endswith("layers.1.mlp.linear_fc2.weight")]
+        weights[name].data[0, 0] = torch.nan
+
+    probes.around_train(before, None)
+
+
+def retract_before_training() -> None:
+    """Have the loop start from weights on their spheres, by the optimizer's own retraction."""
+
+    def retract(model: Any, optimizer: Any) -> None:
+        for found in probes.spectral_optimizers(optimizer):
+            members = {member.name: member for batch in found.batches for member in batch.members}
+            for name, weight, _ in list(found.retracted()):
+                members[name].split.write_(members[name].param.detach(), weight)
+
+    probes.around_train(retract, None)
