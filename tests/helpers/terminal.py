@@ -32,9 +32,11 @@ class Terminal:
         # Workers of pytest have a size in their environment, which programs believe before the terminal's.
         environment = {name: env[name] for name in env if name not in ("LINES", "COLUMNS")}
         environment.setdefault("TERM", "xterm-256color")
-        # A session of its own whose terminal this is, so that Ctrl-C reaches it.
+        # A session of its own whose terminal this is, so that Ctrl-C reaches it. A shell that runs tests in
+        # the background has it ignored, which is inherited.
+        start = ["env", "--default-signal=INT", "setsid", "--ctty"]
         self.process = subprocess.Popen(
-            ["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=slave, env=environment
+            [*start, *command], stdin=slave, stdout=slave, stderr=slave, env=environment
         )
         os.close(slave)
 
