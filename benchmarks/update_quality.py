@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from helpers.quality_probes import record
+from helpers.probes.quality import record
 from sso_megatron.mcore import entry
 
 WIDER = ["--hidden-size=384", "--ffn-hidden-size=1024", "--num-attention-heads=12", "--num-query-groups=4"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers.megatron_runs import tiny
-from helpers.paths import HELPERS
+from helpers.paths import SCRIPTS
 from helpers.processes import HANGS_AFTER
 from helpers.terminal import Terminal
 
@@ -47,7 +47,7 @@ def printed_losses(output: str) -> list[float]:
 def test_an_unmodified_script_and_ours_train_alike(tmp_path: Path) -> None:
     """A user's own script with one changed flag, over two ranks, prints what our script prints."""
     argv = tiny("--spectral-mup-init", "--train-iters", 6, "--eval-iters", 1, tp=2)
-    script = ["sso_megatron.run", str(HELPERS / "their_pretrain.py")]
+    script = ["sso_megatron.run", str(SCRIPTS / "their_pretrain.py")]
     theirs = torchrun(2, [*script, *argv, "--spectral-run-dir", "theirs"], tmp_path)
     assert theirs.returncode == 0, theirs.stderr[-4000:]
     split = ["--split", "98,1,1"]

@@ -5,77 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 
+from helpers.corpora import EOD, GLOBS, documents, indexed_dataset, make, names, write_corpus, written
 from helpers.processes import HANGS_AFTER
 from sso_megatron.cli.data import command as data
 from sso_megatron.cli.data.corpus import File, assign_splits
 from sso_megatron.cli.main import main
 
 pytestmark = pytest.mark.megatron
-EOD = 256
-GLOBS = ("*.py", "*.txt")
-
-
-def indexed_dataset() -> Any:
-    """Megatron's module; late, since tests that are only collected do not wait for Megatron."""
-    from megatron.core.datasets import indexed_dataset
-
-    return indexed_dataset
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """42 usable files of uneven sizes, one of them not UTF-8, one empty, one of another kind."""
-    folder, rng = tmp_path / "corpus", random.Random(7)
-    for number in range(40):
-        path = folder / f"part{number % 3}" / f"file{number}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(rng.choice("abc xyz\n<é>") for _ in range(rng.randint(1, 900)))
-        path.write_text(text + " <|endoftext|> " * (number % 2), encoding="utf-8")
-    (folder / "all_bytes.txt").write_bytes(bytes(range(256)))
-    (folder / "plain.txt").write_text("plain\n")
-    (folder / "empty.py").write_bytes(b"")
-    (folder / "picture.png").write_bytes(b"\x89PNG")
-    return folder
-
-
-def make(corpus: Path, output: Path, **options: object) -> data.DatasetInfo:
-    return data.prepare(output, [corpus], GLOBS, quiet=True, **options)
-
-
-def names(info: data.DatasetInfo) -> dict[str, list[str]]:
-    record = json.loads(Path(f"{info.output}.json").read_text())
-    return {split: record["splits"][split]["files"] for split in data.SPLITS}
-
-
-def documents(info: data.DatasetInfo) -> dict[str, list[int]]:
-    """What Megatron reads: file name -> ids."""
-    found: dict[str, list[int]] = {}
-    for split, files in names(info).items():
-        dataset = indexed_dataset().IndexedDataset(info.prefixes[split])
-        assert len(dataset) == len(files) == info.files[split] == len(dataset.document_indices) - 1
-        assert dataset.index.dtype is np.uint16
-        assert dataset.sequence_lengths.sum() == info.tokens[split]
-        found |= {name: dataset[i].tolist() for i, name in enumerate(files)}
-    return found
-
-
-def written(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.suffix != ".json"
-    }
+    return write_corpus(tmp_path / "corpus")
 
 
 def test_megatron_reads_back_every_byte_and_the_eod(corpus: Path, tmp_path: Path) -> None:
@@ -125,104 +75,6 @@ def test_overlapping_inputs_give_a_file_once(corpus: Path, tmp_path: Path) -> No
     info = data.prepare(tmp_path / "d", inputs, GLOBS, quiet=True)
     assert sum(info.files.values()) == 43  # a file that is named is taken whatever its pattern
     assert {"corpus/part1/file1.py", "picture.png"} <= documents(info).keys()
-
-
-def test_the_same_settings_reuse_and_force_rewrites(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "out" / "d"
-    first = make(corpus, output)
-    inode = Path(f"{output}_train.bin").stat().st_ino
-    again = data.prepare(output, [corpus], GLOBS)
-    assert capsys.readouterr().out.startswith(f"reused {output}: train ")
-    assert Path(f"{output}_train.bin").stat().st_ino == inode
-    assert again == data.load(output)
-    assert again.reused and again.digest == first.digest
-    forced = make(corpus, output, force=True)
-    assert not forced.reused and forced.digest == first.digest
-    assert Path(f"{output}_train.bin").stat().st_ino != inode
-
-
-def test_other_settings_or_files_need_force(corpus: Path, tmp_path: Path) -> None:
-    output = tmp_path / "d"
-    first = make(corpus, output)
-    with pytest.raises(ValueError, match=r"made with seed 0, not 3; pass --force"):
-        make(corpus, output, seed=3)
-    with pytest.raises(ValueError, match=r"made with split .*0\.05\], not \[0\.8"):
-        make(corpus, output, split=(0.8, 0.1, 0.1))
-    (corpus / "plain.txt").write_text("other\n")  # of the same size
-    os.utime(corpus / "plain.txt", ns=(1, 1))
-    with pytest.raises(ValueError, match=r"made with files .*--force"):
-        make(corpus, output)
-    changed = make(corpus, output, force=True)
-    assert documents(changed)["plain.txt"] == [*b"other\n", EOD]
-    # Megatron's sample order is cached by path: another content must not find the old cache.
-    flag = first.megatron_arguments().index("--data-cache-path")
-    assert first.megatron_arguments()[flag + 1] != changed.megatron_arguments()[flag + 1]
-
-
-def test_a_damaged_data_set_is_not_reused(corpus: Path, tmp_path: Path) -> None:
-    output = tmp_path / "d"
-    make(corpus, output)
-    with Path(f"{output}_valid.bin").open("r+b") as stream:
-        stream.truncate(10)
-    with pytest.raises(ValueError, match=r"d_valid\.bin is not the .* bytes .*--force"):
-        make(corpus, output)
-    with pytest.raises(ValueError, match=r"must be written by sso-megatron data"):
-        data.load(tmp_path / "none")
-
-
-def test_an_interrupted_tokenization_leaves_nothing(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, calls = tmp_path / "out", []
-
-    def interrupt(self: object, *rest: object) -> None:
-        calls.append(sorted(p.name for p in folder.iterdir()))
-        if len(calls) == 41:  # train is complete by then
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(indexed_dataset().IndexedDatasetBuilder, "add_document", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        make(corpus, folder / "d")
-    # Even a killed process, which cleans up nothing, leaves only a hidden folder.
-    assert all(len(there) == 1 and there[0].startswith(".d.partial-") for there in calls)
-    assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("over_an_old_one", [False, True])
-@pytest.mark.parametrize("step", range(7))
-def test_an_interrupted_rename_is_never_taken_for_a_data_set(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, over_an_old_one: bool
-) -> None:
-    output, rename = tmp_path / "out" / "d", os.replace
-    expected = written(make(corpus, tmp_path / "expected" / "d").output.parent)
-    if over_an_old_one:
-        make(corpus, output, seed=9)
-    done = 0
-
-    def interrupt(source: Path, target: str) -> None:
-        nonlocal done
-        if done == step:
-            raise KeyboardInterrupt
-        rename(source, target)
-        done += 1
-
-    monkeypatch.setattr(os, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        make(corpus, output, force=True)
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="must be written"):
-        data.load(output)
-    for split in data.SPLITS:  # what Megatron would accept is right, never new with old
-        if indexed_dataset().IndexedDataset.exists(f"{output}_{split}"):
-            for end in ("bin", "idx"):
-                assert Path(f"{output}_{split}.{end}").read_bytes() == expected[f"d_{split}.{end}"]
-    if step or over_an_old_one:
-        with pytest.raises(ValueError, match="in the way"):
-            make(corpus, output)
-    make(corpus, output, force=True)
-    assert written(output.parent) == expected
 
 
 BAD = [

@@ -27,7 +27,7 @@ SAVING += ["--save", "checkpoint", "--save-interval", 2]
 
 def export(megatron: Megatron, *flags: object, fails: bool = False) -> Run:
     """Export in a rank, where Megatron is imported already."""
-    return megatron.run(["export", *map(str, flags)], fails=fails, main="command_probes:command")
+    return megatron.run(["export", *map(str, flags)], fails=fails, main="probes.command:command")
 
 
 def export_as_users_do(*flags: object) -> str:
@@ -208,7 +208,7 @@ def test_megatron_loads_its_own_format_in_every_layout(
         megatron.train(tiny(*one, "--load", out, "--finetune", "--bf16", tp=2), 2),
     ]
     original = tiny(*one, "--load", dense.folder / "checkpoint", "--finetune")
-    reference = megatron.train(original, 1, ("command_probes:retract_before_training",))
+    reference = megatron.train(original, 1, ("probes.command:retract_before_training",))
     untouched = megatron.train(original)
     losses = [run.losses[0] for run in [*runs, reference, untouched]]
     print("losses", losses)
@@ -318,5 +318,5 @@ def test_radii_of_the_first_weights(megatron: Megatron) -> None:
 
 
 def test_radii_of_the_optimizer_are_read(megatron: Megatron) -> None:
-    run = megatron.run([], main="command_probes:save_radii")
+    run = megatron.run([], main="probes.command:save_radii")
     assert run.saved("radii") == [{"a.weight[q0]": 2.5}]

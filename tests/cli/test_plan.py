@@ -15,8 +15,8 @@ import pytest
 
 from helpers.browser import Browser
 from helpers.megatron_runs import MOE, Megatron, Run, tiny
-from helpers.plans import assert_same_loads, read
 from helpers.processes import HANGS_AFTER
+from helpers.runs.plans import assert_same_loads, read
 from sso_megatron.cli.plan.speed import Speed
 from sso_megatron.mcore.plan.records import Load, Plan, RankLoad
 
@@ -54,7 +54,7 @@ LAYOUTS: dict[str, tuple[int, int, str, list[object]]] = {
 
 def plan(megatron: Megatron, argv: list[str], *options: object, fails: bool = False) -> Run:
     own = [*map(str, options), "--json", "plan.json"]
-    return megatron.run([*own, *argv], main="plan_probes:plan", fails=fails)
+    return megatron.run([*own, *argv], main="probes.plan:plan", fails=fails)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -66,7 +66,7 @@ def test_a_plan_is_what_the_run_does(megatron: Megatron, layout: str) -> None:
     if layout == "tied":
         argv.remove("--untie-embeddings-and-output-weights")
     planned = read(plan(megatron, argv, "--world-size", ranks))
-    real = megatron.run(argv, ranks, calls=("plan_probes:watch",))
+    real = megatron.run(argv, ranks, calls=("probes.plan:watch",))
     assert_same_parameters(planned, real)
     assert_same_matrices(planned, real)
     assert_same_loads(planned, real)
@@ -141,7 +141,7 @@ NO_FILES = "--tokenizer-type NullTokenizer --vocab-size 100278"
 
 def plan_experiment(megatron: Megatron, name: str, flags: str, *options: object) -> Run:
     argv = [name, *map(str, options), "--json", "plan.json", *shlex.split(f"{NO_FILES} {flags}")]
-    return megatron.run(argv, main="plan_probes:plan_experiment")
+    return megatron.run(argv, main="probes.plan:plan_experiment")
 
 
 def hand_count(

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers.records import lines, measured
+from helpers.runs.records import lines, measured
 from sso_megatron.cli.plot import axes as plot_axes
 from sso_megatron.cli.plot import command as plot
 from sso_megatron.cli.plot import layers as plot_layers

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from helpers.browser import Browser
-from helpers.records import lines
+from helpers.runs.records import lines
 from sso_megatron.cli.main import main
 from sso_megatron.cli.plot import command as plot
 from sso_megatron.cli.plot import report as plot_report

@@ -21,7 +21,7 @@ def dense(megatron: Megatron) -> Run:
 
 
 def values(megatron: Megatron, root: Path, pattern: str) -> dict[str, dict[int, torch.Tensor]]:
-    run = megatron.run([str(root), pattern], main="command_probes:read_singular_values")
+    run = megatron.run([str(root), pattern], main="probes.command:read_singular_values")
     found: dict[str, dict[int, torch.Tensor]] = torch.load(run.folder / "values.pt")
     return found
 
@@ -111,7 +111,7 @@ def test_the_command(dense: Run, megatron: Megatron) -> None:
     (twin / "metrics.jsonl").write_bytes((dense.folder / "metrics.jsonl").read_bytes())
     (twin / "checkpoint").symlink_to(dense.folder / "checkpoint")
     argv = ["plot", str(dense.folder), str(twin), "--weights", r"layers\.0\.mlp"]
-    run = megatron.run(argv, main="command_probes:command")
+    run = megatron.run(argv, main="probes.command:command")
     assert "report.html: " in run.log
     text = (run.folder / "plots" / "report.html").read_text()
     assert text.count("decoder.layers.0.mlp.linear_fc1.weight[gate]") >= 2
@@ -127,7 +127,7 @@ def test_the_command(dense: Run, megatron: Megatron) -> None:
 )
 def test_patterns_that_do_not_fit(dense: Run, megatron: Megatron, pattern: str, message: str) -> None:
     argv = ["plot", str(dense.folder), "--weights", pattern]
-    run = megatron.run(argv, fails=True, main="command_probes:command")
+    run = megatron.run(argv, fails=True, main="probes.command:command")
     assert run.codes == [2]
     (line,) = [line for line in run.log.splitlines() if line.startswith("sso-megatron plot: error: ")]
     assert message in line
@@ -135,9 +135,9 @@ def test_patterns_that_do_not_fit(dense: Run, megatron: Megatron, pattern: str, 
 
 def test_weights_that_are_not_finite(megatron: Megatron) -> None:
     argv = tiny(*SAVING[1:], "--no-check-for-nan-in-loss-and-grad", optimizer="adam")
-    folder = megatron.train(argv, calls=("command_probes:spoil_a_weight",)).folder
+    folder = megatron.train(argv, calls=("probes.command:spoil_a_weight",)).folder
     argv = ["plot", str(folder), "--weights", r"layers\.1\.mlp\.linear_fc2"]
-    run = megatron.run(argv, fails=True, main="command_probes:command")
+    run = megatron.run(argv, fails=True, main="probes.command:command")
     assert run.codes == [2]
     (line,) = [line for line in run.log.splitlines() if line.startswith("sso-megatron plot: error: ")]
     assert "decoder.layers.1.mlp.linear_fc2.weight is not finite at iteration 2 of" in line
@@ -149,6 +149,6 @@ def test_checkpoints_of_another_format(megatron: Megatron, tmp_path: Path) -> No
     (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("4")
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2.0}\n')
     argv = ["plot", str(tmp_path), "--weights", "fc2"]
-    run = megatron.run(argv, fails=True, main="command_probes:command")
+    run = megatron.run(argv, fails=True, main="probes.command:command")
     assert run.codes == [2]
     assert "iter_0000004 is of the format torch and must be torch_dist" in run.log

@@ -170,7 +170,7 @@ def answers(megatron: Megatron, configs: Path) -> dict[str, Answer]:
     words = [shlex.split(line.format(configs=configs)) for line in lines.values()]
     words = [line if "--configs" in line else ["--configs", str(configs), *line] for line in words]
     (configs / "lines.json").write_text(json.dumps(words))
-    run = megatron.run([str(configs / "lines.json")], main="config_probes:render")
+    run = megatron.run([str(configs / "lines.json")], main="probes.config:render")
     found = [Answer(*answer) for answer in json.loads((run.folder / "answers.json").read_text())]
     return dict(zip(lines, found, strict=True))
 

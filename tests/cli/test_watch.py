@@ -19,7 +19,7 @@ import pytest
 
 from helpers.megatron_runs import MOE, Megatron, tiny
 from helpers.processes import HANGS_AFTER
-from helpers.run_folders import OFF_RADIUS, WEIGHT, append, begin, interval, record, state_of
+from helpers.runs.run_folders import OFF_RADIUS, WEIGHT, append, begin, interval, record, state_of
 from helpers.terminal import Terminal
 from sso_megatron.runs.live_state import LIGHTS
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.command_probes import execute
 from helpers.pages import PAGES, blocks
 from helpers.paths import ROOT
+from helpers.probes.command import execute
 from helpers.processes import HANGS_AFTER
 
 MEGATRON = {"-m sso_megatron.pretrain_gpt", "-m sso_megatron.run"}
@@ -64,7 +64,7 @@ def test_every_fence_has_a_language_that_is_checked_or_plain() -> None:
 def test_python_blocks(page, megatron, tmp_path, monkeypatch, capsys) -> None:
     if any(re.search(r"megatron\.core|sso_megatron\.mcore", block) for block in blocks(page, "python")):
         # It makes process groups, redirects CUDA or adds to the table of optimizers: not in this process.
-        megatron.run([str(page)], main="command_probes:execute_page")
+        megatron.run([str(page)], main="probes.command:execute_page")
         return
     monkeypatch.chdir(tmp_path)
     found = execute(page)
@@ -309,7 +309,7 @@ def megatron_command_lines() -> list[tuple[str, int, list[str], bool]]:
 def test_flags_parse(megatron) -> None:
     lines = megatron_command_lines()
     assert any(is_complete for *_, is_complete in lines)
-    megatron.run([json.dumps(lines)], main="command_probes:parse_flags")
+    megatron.run([json.dumps(lines)], main="probes.command:parse_flags")
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_flags_parse(megatron) -> None:
 def test_wrong_flags_do_not_parse(megatron, flags) -> None:
     """The check above can fail."""
     lines = [("nowhere", 1, ["--optimizer", "sso", *flags], False)]
-    run = megatron.run([json.dumps(lines)], main="command_probes:parse_flags", fails=True)
+    run = megatron.run([json.dumps(lines)], main="probes.command:parse_flags", fails=True)
     assert run.codes != [0]
 
 
@@ -331,7 +331,7 @@ def test_experiments_render(megatron, tmp_path) -> None:
         path.write_text(text)
         lines.append([str(path), *(["--point", "0"] if "sweep:" in text else [])])
     (tmp_path / "lines.json").write_text(json.dumps(lines))
-    run = megatron.run([str(tmp_path / "lines.json")], main="config_probes:render")
+    run = megatron.run([str(tmp_path / "lines.json")], main="probes.config:render")
     answers = json.loads((run.folder / "answers.json").read_text())
     assert [(code, said) for code, _, said in answers] == [(0, "")] * len(texts) and texts
 

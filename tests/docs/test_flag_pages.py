@@ -41,7 +41,7 @@ def test_switching_names_flags_that_there_are(megatron) -> None:
 
 def flags_of_megatron(megatron) -> tuple[set[str], set[str]]:
     """Those of its own, and those that its parser has because of us."""
-    run = megatron.run(["flags.json"], main="command_probes:list_flags")
+    run = megatron.run(["flags.json"], main="probes.command:list_flags")
     theirs, all_flags = (set(flags) for flags in json.loads((run.folder / "flags.json").read_text()))
     return theirs, all_flags - theirs
 

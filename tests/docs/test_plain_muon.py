@@ -12,8 +12,8 @@ import torch
 from helpers import oracle
 from helpers.comparisons import assert_equal
 from helpers.megatron_runs import Megatron, Run, assert_same_run, tiny
-from helpers.plain_muon_probes import run_block
-from helpers.plans import assert_same_loads, read
+from helpers.probes.plain_muon import run_block
+from helpers.runs.plans import assert_same_loads, read
 from sso_megatron import SpectralConfig
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.mcore.flags.optimizers import OPTIMIZERS
@@ -40,7 +40,7 @@ def train(megatron: Megatron) -> Callable[..., Run]:
 
     @functools.cache
     def run(tp: int, *flags: object, dp: int = 1, register: str = "register") -> Run:
-        calls = (f"plain_muon_probes:{register}", "probes:weights", "checkpoint_state_probes:state")
+        calls = (f"probes.plain_muon:{register}", "probes:weights", "probes.checkpoint_state:state")
         return megatron.train(tiny(*FLAGS, *flags, tp=tp, optimizer="plain_muon"), tp * dp, calls)
 
     return run
@@ -111,11 +111,11 @@ def test_sharded_ranks_train_as_one(train: Callable[..., Run]) -> None:
 def test_a_plan_is_what_the_run_does(megatron: Megatron) -> None:
     """Flops and bytes, which follow from the base class's defaults alone."""
     argv = tiny(*FLAGS, "--train-iters", 2, "--lr-warmup-iters", 0, tp=2, optimizer="plain_muon")
-    calls = ("plain_muon_probes:register",)
+    calls = ("probes.plain_muon:register",)
     planned = megatron.run(
-        ["--world-size", "2", "--json", "plan.json", *argv], calls=calls, main="plan_probes:plan"
+        ["--world-size", "2", "--json", "plan.json", *argv], calls=calls, main="probes.plan:plan"
     )
-    real = megatron.run(argv, 2, (*calls, "plan_probes:watch"))
+    real = megatron.run(argv, 2, (*calls, "probes.plan:watch"))
     assert_same_loads(read(planned), real)
 
 
@@ -134,7 +134,7 @@ def test_shards_are_refused_at_once(block: dict[str, Any], megatron: Megatron) -
     with pytest.raises(ValueError, match="'distributed' leaves shards on their ranks, and WholeMuon needs"):
         kind(params, 0.1, shared=SpectralConfig(tp_mode="distributed"))
     argv = tiny("--spectral-tp-mode", "distributed", optimizer="plain_muon")
-    run = megatron.run(argv, 1, ("plain_muon_probes:register_for_whole_matrices",), fails=True)
+    run = megatron.run(argv, 1, ("probes.plain_muon:register_for_whole_matrices",), fails=True)
     assert run.codes != [0]
     wanted = (
         "--spectral-tp-mode distributed with --optimizer plain_muon: its step takes whole matrices; use"

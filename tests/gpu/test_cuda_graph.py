@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.recorded_steps import SETTINGS, Training, assert_same
+from helpers.numerics.recorded_steps import SETTINGS, Training, assert_same
 
 pytestmark = pytest.mark.gpu
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.rounding import MOST_LOST, SPECTRA, measure
+from helpers.numerics.rounding import MOST_LOST, SPECTRA, measure
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.linalg.polar import msign
 from sso_megatron.linalg.symmetric import Products, choose_kernel, load_kernel, product_by

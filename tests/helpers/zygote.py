@@ -24,9 +24,10 @@ from typing import Any
 
 
 def load(name: str) -> Callable[..., Any]:
-    """A function by ``module:function``; a module without a package is one beside this."""
+    """A function by ``module:function``; a module that is not of the package is one of ``helpers``."""
     module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module if "." in module else f"helpers.{module}"), function)
+    module = module if module.startswith("sso_megatron.") else f"helpers.{module}"
+    return getattr(importlib.import_module(module), function)
 
 
 def run_rank(rank: int, request: dict[str, Any]) -> int:

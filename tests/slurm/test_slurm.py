@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import slurm_cluster
-from helpers.paths import HELPERS, ROOT
-from helpers.slurm_cluster import Cluster, wait_for
+from helpers.paths import ROOT, SCRIPTS
+from helpers.runs import slurm_cluster
+from helpers.runs.slurm_cluster import Cluster, wait_for
 
 SLURM = ROOT / "launch" / "slurm"
 EXPERIMENT = "tiny_dense_sso"
@@ -102,7 +102,7 @@ class Submit:
         for iteration in holds:
             (job.hold / str(iteration)).touch()
         if holds or env:
-            env |= {"SCRIPT": str(HELPERS / "slurm_pretrain.py"), "HOLD": str(job.hold)}
+            env |= {"SCRIPT": str(SCRIPTS / "slurm_pretrain.py"), "HOLD": str(job.hold)}
         command = ["sbatch", "--parsable", f"--output={log}", "--gpus-per-node=0", *shlex.split(options)]
         command += [str(SLURM / template), *arguments]
         env = environment(RUNS=str(self.folder / name), **env)

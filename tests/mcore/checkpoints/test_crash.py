@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.checkpoint_probes import POINTS
 from helpers.megatron_runs import Megatron, Run, tiny
+from helpers.probes.checkpoint import POINTS
 from sso_megatron.mcore.checkpoint.folders import (
     MANIFEST,
     TRACKER,
@@ -57,7 +57,7 @@ def test_killed_twenty_times(megatron: Megatron, tmp_path: Path) -> None:
     root = tmp_path / "ckpt"
     argv = tiny("--train-iters", ITERATIONS, "--spectral-run-dir", ".", "--spectral-mup-init")
     argv += ["--save-interval", "2", "--save"]
-    timed = megatron.run([*argv, str(tmp_path / "straight")], 2, ("checkpoint_probes:time_saves",))
+    timed = megatron.run([*argv, str(tmp_path / "straight")], 2, ("probes.checkpoint:time_saves",))
     straight = losses_by_iteration(timed)
     argv += [str(root), "--load", str(root)]
     saved, seen, num_in_time = 0, {}, 0
@@ -75,7 +75,7 @@ def test_killed_twenty_times(megatron: Megatron, tmp_path: Path) -> None:
     previous: object = "nothing"
     for kill in kills():
         (tmp_path / "plan.json").write_text(json.dumps(asdict(kill)))
-        run = megatron.run(argv, 2, ("checkpoint_probes:die",), fails=True, grace=2)
+        run = megatron.run(argv, 2, ("probes.checkpoint:die",), fails=True, grace=2)
         assert run.codes[kill.rank] == -9, f"{kill}: exit codes {run.codes}\n{run.log[-3000:]}"
         check(run, previous)
         undone = "was about to be replaced when a run ended; the old one is back" in run.log
@@ -97,7 +97,7 @@ def test_saved_in_the_background(megatron: Megatron, tmp_path: Path) -> None:
     argv = tiny("--train-iters", 8, "--spectral-run-dir", ".", "--save", root, "--save-interval", 4)
     argv.append("--spectral-mup-init")
     background = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
-    run = megatron.run([*argv, *background], 2, ("checkpoint_probes:allow_async_save",))
+    run = megatron.run([*argv, *background], 2, ("probes.checkpoint:allow_async_save",))
     assert "scheduled an async checkpoint save at iteration       4" in run.log
     assert complete_iterations(root) == [4, 8]
     assert all((iteration_folder(root, iteration) / MANIFEST).exists() for iteration in (4, 8))

@@ -217,7 +217,7 @@ def test_another_model(megatron: Megatron, sound: Path, flags, then: str, now: s
 
 def test_an_error_on_one_rank(megatron: Megatron, sound: Path) -> None:
     """It happens inside Megatron's load, while the other rank waits for this one."""
-    run = megatron.run(load(sound), 2, ("checkpoint_probes:fail_on_rank_1",), fails=True, grace=60)
+    run = megatron.run(load(sound), 2, ("probes.checkpoint:fail_on_rank_1",), fails=True, grace=60)
     assert run.codes == [2, 2], run.log[-3000:]
     lines = [line for line in run.log.splitlines() if line.startswith("sso_megatron: error:")]
     assert len(lines) == 1
@@ -261,4 +261,4 @@ def test_optional_state_is_dropped_where_it_is_missing() -> None:
 
 
 def test_optional_state_that_is_missing_is_no_obstacle(megatron: Megatron, sound: Path) -> None:
-    assert_loads(megatron, load(sound), iteration=4, calls=("checkpoint_probes:ask_for_optional_state",))
+    assert_loads(megatron, load(sound), iteration=4, calls=("probes.checkpoint:ask_for_optional_state",))

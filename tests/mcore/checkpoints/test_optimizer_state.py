@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from helpers.twin import Twin, random_values
+from helpers.numerics.twin import Twin, random_values
 from sso_megatron import SSO, MuonSphere, Spectra, SpectralAdam, SpectralClip
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from helpers.checkpoint_state_probes import contents
 from helpers.megatron_runs import FAMILY, MOE, Megatron, Run, tiny
-from helpers.summation_order import MOST, ORDERS, relative_losses
+from helpers.probes.checkpoint_state import contents
+from helpers.runs.summation_order import MOST, ORDERS, relative_losses
 
 SHARDED = ["--use-distributed-optimizer"]
 PP2 = ["--pipeline-model-parallel-size", 2]
@@ -48,7 +48,7 @@ def leg(
     argv = layout.argv([*base, "--train-iters", 20, "--load", start.folder / "ckpt", "--ckpt-step", at])
     if stop < 20:
         argv += ["--save", "ckpt", "--save-interval", str(stop), "--exit-interval", str(stop)]
-    return megatron.train(argv, layout.ranks, (*calls, "checkpoint_state_probes:saved_again"))
+    return megatron.train(argv, layout.ranks, (*calls, "probes.checkpoint_state:saved_again"))
 
 
 def assert_same_contents(run: Run, start: Run, iteration: int) -> None:
@@ -78,15 +78,10 @@ def assert_same_losses(run: Run, straight: Run, start: int) -> None:
 
 
 def go_on(
-    megatron: Megatron,
-    layout: Layout,
-    base: list[object],
-    start: Run,
-    at: int = 10,
-    stop: int = 20,
+    megatron: Megatron, layout: Layout, base: list[object], start: Run, at: int = 10, **options: int
 ) -> Run:
     """``start`` from a checkpoint on in another layout: loaded by value, and the same losses."""
-    run = leg(megatron, layout, base, start, at, stop)
+    run = leg(megatron, layout, base, start, at, **options)
     assert_same_contents(run, start, at)
     assert_same_losses(run, start, at)
     return run

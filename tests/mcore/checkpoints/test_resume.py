@@ -49,7 +49,7 @@ def train(megatron: Megatron) -> Callable[..., Run]:
         ranks, argv = CASES[case]
         flags = (*flags, *FAMILY.get(optimizer, []))
         argv = [*argv, "--train-iters", "20", "--optimizer", optimizer, *map(str, flags)]
-        return megatron.train(argv, ranks, ("checkpoint_state_probes:state",))
+        return megatron.train(argv, ranks, ("probes.checkpoint_state:state",))
 
     return run
 

@@ -35,7 +35,7 @@ def test_skipped(megatron, layout, what) -> None:
     run = megatron.run(
         [*argv, "--spectral-run-dir", "."],
         ranks,
-        calls=("checkpoint_state_probes:poison",),
+        calls=("probes.checkpoint_state:poison",),
         env={"POISON": what},
     )
     assert run.saved("success") == [False] * ranks

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.config_probes import WORLD_SIZES
 from helpers.megatron_runs import Megatron
+from helpers.probes.config import WORLD_SIZES
 from sso_megatron.cli.experiments import fragments as experiments
 from sso_megatron.mcore.flags.optimizers import config_classes, flag_fields, flags_of
 
@@ -31,7 +31,7 @@ NEEDED = {
 @pytest.fixture(scope="module")
 def rendered(megatron: Megatron) -> dict[str, list[str]]:
     """Words of every experiment, and of the first and last point of every sweep."""
-    run = megatron.run([], main="config_probes:render_all")
+    run = megatron.run([], main="probes.config:render_all")
     found = json.loads((run.folder / "rendered.json").read_text())
     assert {name.split("/")[0] for name in found} == set(NAMES)
     return found
@@ -55,7 +55,7 @@ def test_every_rendered_experiment_is_a_valid_run(
 ) -> None:
     lines = {name: (world_size(name), words) for name, words in rendered.items()}
     (tmp_path / "lines.json").write_text(json.dumps(lines))
-    run = megatron.run([str(tmp_path / "lines.json")], main="config_probes:validate_all")
+    run = megatron.run([str(tmp_path / "lines.json")], main="probes.config:validate_all")
     assert run.log.count("validating ") == len(lines)
     assert run.log.count("without []") == len(lines), "this machine left flags out"
     assert "not read, since" not in run.log

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from helpers.megatron_runs import free_port, tiny, unpacked
-from helpers.paths import HELPERS, ROOT, TESTS
+from helpers.paths import ROOT, SCRIPTS, TESTS
 from helpers.processes import HANGS_AFTER
 from sso_megatron.cli.main import main
 from sso_megatron.mcore.compat import versions
@@ -100,7 +100,7 @@ def runs(megatron: Path, base: Path, scripts: dict[str, list[str]]) -> dict[str,
     env |= {"MASTER_PORT": str(free_port()), "PATH": f"{binaries}:{os.environ['PATH']}"}
     path = [str(megatron), str(base / "site-packages"), str(ROOT), str(TESTS), env.get("PYTHONPATH", "")]
     result = subprocess.run(
-        [sys.executable, str(HELPERS / "patched_runs.py"), json.dumps(requests)],
+        [sys.executable, str(SCRIPTS / "patched_runs.py"), json.dumps(requests)],
         env=env | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
         capture_output=True,
         text=True,
@@ -131,7 +131,7 @@ def check_everything(folder: Path, base: Path, capsys: pytest.CaptureFixture[str
     assert patch("apply", folder) == 0
     assert hashes(folder) == after
 
-    script, run = str(HELPERS / "their_pretrain.py"), str(ROOT / "sso_megatron" / "run.py")
+    script, run = str(SCRIPTS / "their_pretrain.py"), str(ROOT / "sso_megatron" / "run.py")
     found = runs(
         folder,
         base,

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from helpers.checkpoint_state_probes import contents
 from helpers.megatron_runs import Megatron, Run, tiny
+from helpers.probes.checkpoint_state import contents
 
 SHORT = ["--train-iters", 14, "--lr-decay-style", "constant", "--lr-warmup-iters", 0, "--lr", "1e-3"]
 
@@ -71,7 +71,7 @@ def test_radii_stay_in_later_checkpoints(megatron, adamw) -> None:
 def test_sso_and_muon_sphere_load_each_other(megatron) -> None:
     first = megatron.run(tiny(*SHORT, *stop_at(10)))
     argv = tiny(*SHORT, "--load", first.folder / "ckpt", optimizer="muon_sphere")
-    run = megatron.run(argv, calls=("checkpoint_state_probes:saved_again",))
+    run = megatron.run(argv, calls=("probes.checkpoint_state:saved_again",))
     saved, found = contents(first.folder / "ckpt" / "iter_0000010"), contents(run.folder / "again")
     buffers = [key for key in saved if "momentum_buffer" in key]
     assert buffers

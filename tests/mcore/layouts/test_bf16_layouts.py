@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from helpers.layouts import DENSE, DENSE_LAYOUTS, ITERATIONS, MOE_LAYOUTS
 from helpers.megatron_runs import MOE, Megatron, Run, tiny
-from helpers.summation_order import MOST, WATCH, assert_within_rounding, reordered, times_rounding
+from helpers.runs.layouts import DENSE, DENSE_LAYOUTS, ITERATIONS, MOE_LAYOUTS
+from helpers.runs.summation_order import MOST, WATCH, assert_within_rounding, reordered, times_rounding
 
 MODELS: dict[str, list[object]] = {"dense": DENSE, "moe": list(MOE)}
 

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from helpers import summation_order
 from helpers.megatron_runs import MOE, Megatron, Run, assert_same_run, tiny
+from helpers.runs import summation_order
 
 BASE = ["--spectral-mup-init", "--train-iters", "10", "--clip-grad", "0.5", "--log-num-zeros-in-grad"]
 SHARDED = ["--use-distributed-optimizer"]
 OVERLAP = [*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "20000"]
-WATCH = ("probes:weights", "layer_wise_probes:steps")
-WATCH_SHARDS = (*WATCH, "layer_wise_probes:shards", "layer_wise_probes:buffers")
+WATCH = ("probes:weights", "probes.layer_wise:steps")
+WATCH_SHARDS = (*WATCH, "probes.layer_wise:shards", "probes.layer_wise:buffers")
 
 
 def assert_sharded(run: Run) -> None:
@@ -90,7 +90,7 @@ def bf16(megatron: Megatron) -> tuple[Run, list[Run]]:
 
 @pytest.mark.parametrize("flags", [SHARDED, OVERLAP], ids=["dp2", "dp2-overlap"])
 def test_bf16(megatron, bf16, flags) -> None:
-    calls = (*WATCH_SHARDS, "rounding_probes:first_steps")
+    calls = (*WATCH_SHARDS, "probes.rounding:first_steps")
     run = megatron.train(tiny(*BASE, "--bf16", *flags), 2, calls=calls)
     summation_order.assert_within_rounding(run, *bf16)
     assert_sharded(run)
@@ -158,7 +158,7 @@ def test_a_pattern_that_matches_nothing(megatron) -> None:
 
 def test_a_model_that_was_not_routed(megatron) -> None:
     """Without the error all its matrices would go to AdamW."""
-    run = megatron.run(tiny(*SHARDED), 2, calls=("layer_wise_probes:do_not_route",), fails=True)
+    run = megatron.run(tiny(*SHARDED), 2, calls=("probes.layer_wise:do_not_route",), fails=True)
     assert run.codes == [1, 1]
     assert "DDP's buffers have no shards of whole matrices" in run.log
 
@@ -175,14 +175,14 @@ def test_learned_positions_go_to_adamw(megatron) -> None:
 def test_a_script_with_a_model_provider(megatron, dense) -> None:
     """Megatron's other way to build a model."""
     argv = [*tiny(*BASE, *SHARDED), "--spectral-run-dir", "."]
-    run = megatron.run(argv, 2, calls=WATCH_SHARDS, main="layer_wise_probes:their_script")
+    run = megatron.run(argv, 2, calls=WATCH_SHARDS, main="probes.layer_wise:their_script")
     assert_same_run(run, dense)
     assert_sharded(run)
 
 
 def test_interleaved_pipeline(megatron) -> None:
     """All buckets of a later model chunk are one group, which is gathered when everything has stepped."""
-    freeze = ("layer_wise_probes:freeze_input_norms",)
+    freeze = ("probes.layer_wise:freeze_input_norms",)
     argv = [*BASE, "--num-layers", 4]
     single = megatron.train(tiny(*argv), calls=(*freeze, *WATCH))
     argv += ["--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1]
@@ -200,7 +200,7 @@ FROZEN = {
 
 
 def test_frozen_matrices(megatron) -> None:
-    calls = ("layer_wise_probes:freeze_matrices", "layer_wise_probes:groups", *WATCH)
+    calls = ("probes.layer_wise:freeze_matrices", "probes.layer_wise:groups", *WATCH)
     single = megatron.train(tiny(*BASE), calls=calls)
     run = megatron.train(tiny(*BASE, *SHARDED, tp=2), 4, calls=calls)
     assert_same_run(run, single)
@@ -212,7 +212,7 @@ def test_frozen_matrices(megatron) -> None:
 
 
 def test_a_stage_without_a_matrix_to_train(megatron) -> None:
-    freeze = ("layer_wise_probes:freeze_last_layer",)
+    freeze = ("probes.layer_wise:freeze_last_layer",)
     argv = [*BASE, "--pipeline-model-parallel-size", 2]
     plain = megatron.train(tiny(*argv), 2, calls=(*freeze, *WATCH))
     run = megatron.train(tiny(*argv, *OVERLAP), 4, calls=(*freeze, *WATCH_SHARDS))
@@ -223,7 +223,7 @@ def test_a_stage_without_a_matrix_to_train(megatron) -> None:
 def test_decoupled_learning_rate(megatron) -> None:
     """For embeddings and output layer; the matrices keep theirs."""
     argv = tiny(*SHARDED, "--decoupled-lr", "3e-2")
-    groups = megatron.train(argv, 2, calls=("layer_wise_probes:groups",)).merged("groups")
+    groups = megatron.train(argv, 2, calls=("probes.layer_wise:groups",)).merged("groups")
     for name, group in groups.items():
         is_vocabulary = "embedding" in name or "output_layer" in name
         assert group["max_lr"] == (3e-2 if is_vocabulary else 1e-2), name
@@ -233,7 +233,7 @@ def test_decoupled_learning_rate(megatron) -> None:
 def test_mup(megatron, optimizer) -> None:
     """Width 64 over a base of 32: AdamW's matrices as under Adam, spectral ones scale by their radius."""
     argv = [*BASE, "--use-mup", "--mup-base-hidden-size", 32, "--spectral-exclude", "linear_proj"]
-    calls = (*WATCH, "layer_wise_probes:groups")
+    calls = (*WATCH, "probes.layer_wise:groups")
     single = megatron.train(tiny(*argv, optimizer=optimizer), calls=calls)
     run = megatron.train(tiny(*argv, *SHARDED, optimizer=optimizer), 2, calls=calls)
     assert_same_run(run, single)
@@ -247,7 +247,7 @@ def test_mup(megatron, optimizer) -> None:
 
 def test_layout_of_real_models(megatron: Megatron) -> None:
     """Shards are whole, aligned and no larger than by size alone; work is spread evenly."""
-    run = megatron.run([], main="layer_wise_probes:balance")
+    run = megatron.run([], main="probes.layer_wise:balance")
     (found,) = run.saved("balance")
     for (model, num_shards, bucket_size, who), layout in found.items():
         if who == "theirs":

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Sequence
 import pytest
 import torch
 
-from helpers.layouts import (
+from helpers.megatron_runs import FAMILY, MOE, Megatron, Run, assert_same_run, expert_by_itself, tiny
+from helpers.paths import ROOT
+from helpers.runs.layouts import (
     DENSE,
     DENSE_LAYOUTS,
     DIST,
@@ -23,9 +25,7 @@ from helpers.layouts import (
     SP,
     TP_MODES,
 )
-from helpers.measured import assert_same_measures
-from helpers.megatron_runs import FAMILY, MOE, Megatron, Run, assert_same_run, expert_by_itself, tiny
-from helpers.paths import ROOT
+from helpers.runs.measured import assert_same_measures
 
 
 class Model:
@@ -33,7 +33,7 @@ class Model:
 
     def __init__(self, megatron: Megatron, flags: list[object]) -> None:
         self.megatron, self.flags = megatron, flags
-        self.reference = self._train([], 1, 1, "sso", ("rehearsal_probes:save_initial_checkpoint",))
+        self.reference = self._train([], 1, 1, "sso", ("probes.rehearsal:save_initial_checkpoint",))
         self._others: dict[str, Run] = {}
 
     def trained_with(self, optimizer: str) -> Run:

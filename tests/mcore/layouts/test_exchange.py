@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.exchange_probes import Descent, shard
 from helpers.megatron_runs import Megatron, Run
+from helpers.tasks.exchange import Descent, shard
 from sso_megatron import SSO, SpectralConfig
 from sso_megatron.optimizers.schedule import step_traffic
 from sso_megatron.parallel.cost import PolarWork
@@ -45,7 +45,7 @@ def planned(cuts: list[Cut], workspace: int, mode: str = "owner", copies: int = 
 
 
 def step(megatron: Megatron, ranks: int, **task: Any) -> Run:
-    return megatron.run([json.dumps(task)], ranks, main="exchange_probes:dense")
+    return megatron.run([json.dumps(task)], ranks, main="tasks.exchange:dense")
 
 
 def received(run: Run, ranks: int) -> list[float]:
@@ -182,7 +182,7 @@ def test_fewer_matrices_than_ranks_and_none_with_a_gradient(megatron: Megatron) 
 
 @pytest.mark.parametrize("mode", ["owner", "duplicated", "distributed"])
 def test_groups_that_share_ranks_meet(megatron: Megatron, mode: str) -> None:
-    run = megatron.run([json.dumps({"mode": mode})], 4, main="exchange_probes:two_groups")
+    run = megatron.run([json.dumps({"mode": mode})], 4, main="tasks.exchange:two_groups")
     gen = torch.Generator().manual_seed(0)
     for i in range(24):
         whole = torch.randn(128, 192, generator=gen)

@@ -163,7 +163,7 @@ def build(megatron: Megatron) -> Any:
             if "--q-lora-rank" not in flags:
                 argv.remove("--qk-layernorm")  # it would norm what is between two projections of q
         if (key := " ".join(argv)) not in runs:
-            calls = ("layout_probes:matrices", "layout_probes:no_update")
+            calls = ("probes.layout:matrices", "probes.layout:no_update")
             runs[key] = megatron.run(argv, ranks, calls=calls)
         return runs[key]
 
@@ -215,7 +215,7 @@ def test_heads_cut_over_ranks(build: Any) -> None:
 def stored_experts(megatron: Megatron) -> Run:
     flags = [*MOE, "--sequence-parallel", "--expert-model-parallel-size", 2]
     argv = tiny(*flags, "--expert-tensor-parallel-size", 2, "--spectral-mup-init", tp=2)
-    calls = ("layout_probes:matrices", "layout_probes:stored_experts", "layout_probes:stop")
+    calls = ("probes.layout:matrices", "probes.layout:stored_experts", "probes.layout:stop")
     return megatron.run(argv, 4, calls=calls)
 
 
@@ -255,6 +255,6 @@ def test_a_model_with_grouped_experts_begins_as_with_experts_by_themselves(build
 
 def test_hybrid_stack_has_the_names_of_a_gpt(megatron: Megatron) -> None:
     """Attention and MLP as layers of their own; numbers from the stage's offset of six layers."""
-    run = megatron.run(tiny(tp=2), 2, calls=("layout_probes:hybrid_names", "layout_probes:stop"))
+    run = megatron.run(tiny(tp=2), 2, calls=("probes.layout:hybrid_names", "probes.layout:stop"))
     found = {name: tuple(matrix.shape) for name, matrix in run.merged("hybrid").items()}
     assert found == attention("decoder.layers.6") | mlp("decoder.layers.7.mlp", 96)

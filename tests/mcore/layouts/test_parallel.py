@@ -9,8 +9,8 @@ import torch
 
 import sso_megatron
 from helpers.comparisons import worst_error
-from helpers.cuts import MATRICES
 from helpers.megatron_runs import Megatron, Run
+from helpers.numerics.cuts import MATRICES
 from sso_megatron import SpectralConfig
 from sso_megatron.optimizers.schedule import step_traffic
 from sso_megatron.parallel.shards import even_cut
@@ -24,7 +24,7 @@ UNEVEN = {
 
 def train(megatron: Megatron, ranks: int, matrices: dict[str, Any], mode: str, **task: Any) -> Run:
     task = {"steps": 8, "gradients": "noise"} | task | {"matrices": matrices, "mode": mode}
-    return megatron.run([json.dumps(task)], ranks, main="parallel_probes:train")
+    return megatron.run([json.dumps(task)], ranks, main="tasks.parallel:train")
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +122,13 @@ def test_missing_gradients_and_another_order_hang_nobody(megatron, one_rank, mod
 
 @pytest.mark.parametrize("mode", ["duplicated", "owner", "distributed"])
 def test_groups_of_the_same_ranks_meet(megatron, mode) -> None:
-    run = megatron.run([json.dumps({"mode": mode})], 2, main="parallel_probes:two_groups")
+    run = megatron.run([json.dumps({"mode": mode})], 2, main="tasks.parallel:two_groups")
     assert run.merged("retracted").keys() == {"matrix 0", "matrix 1"}
 
 
 @pytest.mark.parametrize("mode", ["duplicated", "owner", "distributed"])
 def test_a_dead_weight_stops_every_rank(megatron, mode) -> None:
-    run = megatron.run([json.dumps({"mode": mode})], 2, main="parallel_probes:dead_weight")
+    run = megatron.run([json.dumps({"mode": mode})], 2, main="tasks.parallel:dead_weight")
     for error in run.saved("error"):
         assert error.startswith("matrix 2: a weight of spectral norm 0")
 
@@ -140,7 +140,7 @@ def test_a_dead_weight_stops_every_rank(megatron, mode) -> None:
 def test_owners_share_large_matrices_equally(megatron, ranks, shape, layers) -> None:
     """Shapes of 1.7B and 8B models, parted to the default workspace."""
     task = json.dumps({"shape": shape, "layers": layers})
-    parts = megatron.run([task], ranks, main="parallel_probes:parts_of_a_large_model").saved("parts")
+    parts = megatron.run([task], ranks, main="tasks.parallel:parts_of_a_large_model").saved("parts")
     owned = [sum(here for _, _, here in batches) for batches in parts]
     assert sum(owned) == layers and max(owned) - min(owned) <= 1
     for batches in parts:

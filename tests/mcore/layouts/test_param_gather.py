@@ -9,8 +9,8 @@ SHARDED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--ddp-bucket
 BASE = ["--spectral-mup-init", *SHARDED]
 DEEP = ["--num-layers", 4]
 INTERLEAVED = ["--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1]
-WATCH = ("checkpoint_state_probes:state", "layer_wise_probes:shards", "layer_wise_probes:gathers")
-LATE = ("layer_wise_probes:gather_late",)
+WATCH = ("probes.checkpoint_state:state", "probes.layer_wise:shards", "probes.layer_wise:gathers")
+LATE = ("probes.layer_wise:gather_late",)
 
 LAYOUTS = {
     "dp2": (2, tiny(*BASE, *DEEP)),
@@ -74,7 +74,7 @@ def test_overlap_with_the_forward_pass(megatron) -> None:
 @pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["fp32", "bf16"])
 def test_a_skipped_step_starts_nothing(megatron, precision) -> None:
     argv = [*LAYOUTS["dp2"][1], *precision, "--no-check-for-nan-in-loss-and-grad", "--train-iters", "5"]
-    calls = ("checkpoint_state_probes:poison", "layer_wise_probes:gathers")
+    calls = ("probes.checkpoint_state:poison", "probes.layer_wise:gathers")
     run = megatron.run(argv, 2, calls=calls, env={"POISON": "nan linear_proj"})
     assert run.saved("success") == [False] * 2
     for before, after in zip(run.saved("before"), run.saved("after"), strict=True):
@@ -86,7 +86,7 @@ def test_a_skipped_step_starts_nothing(megatron, precision) -> None:
 
 def test_an_error_in_a_step(megatron) -> None:
     """The rank that fails ends, with gathers under way; the launcher ends the other, as ever."""
-    calls = ("layer_wise_probes:fail_in_a_step",)
+    calls = ("probes.layer_wise:fail_in_a_step",)
     run = megatron.run(LAYOUTS["dp2"][1], 2, calls=calls, fails=True, grace=5)
     assert run.codes[1] == 1
     assert run.codes[0] != 0

@@ -80,7 +80,7 @@ class Runs:
 
     def on_one_rank(self, model: str) -> Run:
         """It leaves what it started from in the folder ``initial``."""
-        calls = ("rehearsal_probes:save_initial_checkpoint", "rehearsal_probes:parameters")
+        calls = ("probes.rehearsal:save_initial_checkpoint", "probes.rehearsal:parameters")
         return self._make(model, command(model), 1, calls)
 
     def in_layout(self, name: str) -> Run:
@@ -88,7 +88,7 @@ class Runs:
         model, ranks, tp, flags = LAYOUTS[name]
         start = loading(self.on_one_rank(model).folder / "initial")
         argv = command(model, *start, *shlex.split(flags), tp=tp)
-        return self._make(name, argv, ranks, ("rehearsal_probes:parameters",))
+        return self._make(name, argv, ranks, ("probes.rehearsal:parameters",))
 
     def _make(self, key: str, argv: list[str], ranks: int, calls: tuple[str, ...]) -> Run:
         if key not in self.made:

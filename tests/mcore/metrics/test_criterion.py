@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.layouts import DENSE_LAYOUTS, DIST, MOE_LAYOUTS, PP2, VPP2
 from helpers.megatron_runs import MOE, Megatron, Run, expert_by_itself, tiny
+from helpers.runs.layouts import DENSE_LAYOUTS, DIST, MOE_LAYOUTS, PP2, VPP2
 from sso_megatron.cli.main import main
 from sso_megatron.runs import criterion_table
 
@@ -54,7 +54,7 @@ def blocks_of(name: str, G: Tensor) -> dict[str, list[Tensor]]:
 
 @pytest.mark.parametrize("optimizer", ["sso", "adam"])
 def test_exact_values(megatron: Megatron, optimizer: str) -> None:
-    run = megatron.train(tiny(*EVERY, optimizer=optimizer), calls=("criterion_probes:capture",))
+    run = megatron.train(tiny(*EVERY, optimizer=optimizer), calls=("probes.criterion:capture",))
     found = recorded(run)
     assert list(found) == [2, 4]
     captured = run.saved("captured")[0]
@@ -121,7 +121,7 @@ def test_a_run_is_the_same_with_and_without(megatron: Megatron, optimizer: str) 
 
 def test_a_spoilt_step_is_skipped_all_the_same(megatron: Megatron) -> None:
     argv = tiny(*EVERY, "--no-check-for-nan-in-loss-and-grad")
-    run = megatron.train(argv, calls=("criterion_probes:spoil",))
+    run = megatron.train(argv, calls=("probes.criterion:spoil",))
     assert run.log.count("this step is skipped") == 1
     spoilt, sound = recorded(run).values()
     after = spoilt["decoder.layers.1.self_attention.linear_qkv.weight.q"]

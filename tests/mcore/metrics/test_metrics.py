@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from helpers import oracle
-from helpers.layouts import DIST, EP2, PP2, SP, VPP2
-from helpers.measured import assert_same_measures, measured, records
 from helpers.megatron_runs import FAMILY, MOE, Megatron, Run, tiny
+from helpers.runs.layouts import DIST, EP2, PP2, SP, VPP2
+from helpers.runs.measured import assert_same_measures, measured, records
 from sso_megatron.linalg.coefficients import polar_coefficients
 from sso_megatron.runs.tables import Table
 from sso_megatron.runs.writer import RunFiles
@@ -63,7 +63,7 @@ def trained(megatron: Megatron, optimizer: str, *flags: object) -> Run:
     saving = ["--save", "ckpt", "--save-interval", 20, "--exit-interval", 20]
     first = megatron.run(tiny(*length, *saving, optimizer=optimizer))
     going_on = tiny(*length, "--load", first.folder / "ckpt", *EVERY, optimizer=optimizer)
-    return megatron.train(going_on, calls=("metrics_probes:capture_steps",))
+    return megatron.train(going_on, calls=("probes.metrics:capture_steps",))
 
 
 KINDS: list[tuple[str, list[object]]] = [
@@ -110,7 +110,7 @@ def test_exact_values_on_a_trained_checkpoint(
 
 def test_exact_activations(megatron: Megatron) -> None:
     """Tokens, layers, logits behind a causal mask, and tokens of experts, of both microbatches."""
-    run = megatron.train(tiny(*MOE, *EVERY), calls=("metrics_probes:capture_activations",))
+    run = megatron.train(tiny(*MOE, *EVERY), calls=("probes.metrics:capture_activations",))
     (seen,) = run.saved("activations")
     for iteration, captured in enumerate(seen, 1):
         tables = measured(run)[iteration]
@@ -214,7 +214,7 @@ def test_one_collective_at_the_interval(megatron: Megatron, optimizer: str) -> N
     """Over whole iterations; Spectra, which does not know its norms, sums Gram matrices beside."""
     flags = [*MOE, *EP2, SP, "--expert-tensor-parallel-size", 1, "--log-interval", 100]
     argv = tiny(*flags, "--log-spectral-metrics", 3, "--train-iters", 8, tp=2, optimizer=optimizer)
-    run = megatron.train(argv, 2, calls=("metrics_probes:count_iterations",))
+    run = megatron.train(argv, 2, calls=("probes.metrics:count_iterations",))
     for counted in run.saved("collectives"):
         plain, measured = (Counter(kind for kind, _ in counted[i - 1]) for i in (5, 6))
         more = measured - plain
@@ -232,7 +232,7 @@ def test_tensorboard_and_wandb(megatron: Megatron) -> None:
 
     argv = tiny(*MOE, "--log-spectral-metrics", 2, "--tensorboard-dir", "tb")
     argv += ["--wandb-project", "tiny", "--wandb-exp-name", "run", "--wandb-save-dir", "wandb"]
-    run = megatron.run([*argv, "--spectral-run-dir", "."], calls=("metrics_probes:use_wandb_offline",))
+    run = megatron.run([*argv, "--spectral-run-dir", "."], calls=("probes.metrics:use_wandb_offline",))
     events = EventAccumulator(str(run.folder / "tb"))
     events.Reload()
     rows = measured(run)
@@ -302,7 +302,7 @@ def test_what_a_killed_run_left_unfinished(tmp_path: Path) -> None:
 def test_a_loss_function_that_reports_nothing(megatron: Megatron) -> None:
     """Other records are kept, the criterion's too."""
     argv = tiny(*EVERY, "--log-spectral-criterion", 2)
-    run = megatron.train(argv, calls=("metrics_probes:report_nothing",))
+    run = megatron.train(argv, calls=("probes.metrics:report_nothing",))
     found = records(run)
     assert [record["iteration"] for record in found] == [1, 2, 3, 4]
     assert not any("loss" in record for record in found)
@@ -316,7 +316,7 @@ def test_a_loss_function_that_reports_nothing(megatron: Megatron) -> None:
 
 def test_a_step_that_is_skipped_measures_no_weights(megatron: Megatron) -> None:
     argv = tiny(*EVERY, "--no-check-for-nan-in-loss-and-grad")
-    run = megatron.train(argv, calls=("criterion_probes:spoil",))
+    run = megatron.train(argv, calls=("probes.criterion:spoil",))
     assert run.log.count("this step is skipped") == 1
     spoilt, sound = measured(run)[2], measured(run)[3]
     for row in spoilt["matrices"].values():
@@ -330,7 +330,7 @@ def test_a_step_that_is_skipped_measures_no_weights(megatron: Megatron) -> None:
 
 def test_steps_that_are_skipped_again_and_again_are_an_alarm(megatron: Megatron) -> None:
     argv = tiny(*EVERY, "--no-check-for-nan-in-loss-and-grad", "--spectral-health", "stop")
-    run = megatron.run([*argv, "--spectral-run-dir", "."], calls=("metrics_probes:spoil_all",), fails=True)
+    run = megatron.run([*argv, "--spectral-run-dir", "."], calls=("probes.metrics:spoil_all",), fails=True)
     assert run.codes == [3]
     alarms = [record["alarms"] for record in records(run)]
     assert alarms[:2] == [[], []] and "decoder.layers.0: " in alarms[2][0] and len(alarms) == 3
@@ -339,7 +339,7 @@ def test_steps_that_are_skipped_again_and_again_are_an_alarm(megatron: Megatron)
 @pytest.mark.parametrize("health", ["off", "warn", "stop"])
 def test_exploding_activations(megatron: Megatron, health: str) -> None:
     argv = tiny(*EVERY, "--spectral-health", health, "--train-iters", 8, "--spectral-run-dir", ".", tp=2)
-    probe = ("metrics_probes:grow_activations",)
+    probe = ("probes.metrics:grow_activations",)
     run = megatron.run(argv, 2, calls=probe, fails=health == "stop")
     found = records(run)
     alarms = [text for record in found for text in record["alarms"]]

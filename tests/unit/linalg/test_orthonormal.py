@@ -81,7 +81,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 @pytest.mark.parametrize("lengths", [[20, 30], [3, 47], [17, 17, 16]])
 def test_cut_rows(megatron: Megatron, lengths: list[int]) -> None:
-    run = megatron.run([json.dumps(lengths)], len(lengths), main="thin_probes:orthonormal")
+    run = megatron.run([json.dumps(lengths)], len(lengths), main="tasks.thin:orthonormal")
     basis, whole = torch.cat(run.saved("basis"), dim=1), run.saved("whole")[0]
     torch.testing.assert_close(basis[0], whole[0], rtol=0, atol=1e-6)
     assert not basis[2].any()

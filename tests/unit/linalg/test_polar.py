@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers import oracle
-from helpers.spectra import EIGHT, with_spectrum
+from helpers.numerics.spectra import EIGHT, with_spectrum
 from sso_megatron.linalg.coefficients import coefficient_types, polar_coefficients
 from sso_megatron.linalg.polar import frobenius_norm, msign
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers import oracle
-from helpers.spectra import EIGHT, with_spectrum
+from helpers.numerics.spectra import EIGHT, with_spectrum
 from sso_megatron.linalg.polar import gram_polynomial, gram_polynomial_times
 from sso_megatron.linalg.polar_line import CutLine, PolarLine, WholeLine
 from sso_megatron.linalg.power_iteration import TopSingular, power_iteration, start_basis

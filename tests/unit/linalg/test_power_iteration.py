@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.spectra import with_spectrum
+from helpers.numerics.spectra import with_spectrum
 from sso_megatron.linalg.power_iteration import power_iteration, start_basis
 
 COLD = {"degree": 6, "num_passes": 8}

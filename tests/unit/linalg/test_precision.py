@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from helpers.paths import HELPERS
-from helpers.rounding import EIGHT, MATMUL, MOST_LOST, SPECTRA, TensorCores, measure
+from helpers.numerics.rounding import EIGHT, MATMUL, MOST_LOST, SPECTRA, TensorCores, measure
+from helpers.paths import SCRIPTS
 from sso_megatron import SSO, MuonSphere
 from sso_megatron.linalg.polar import msign
 from sso_megatron.linalg.power_iteration import power_iteration
@@ -137,7 +137,7 @@ def test_choice_of_kernels() -> None:
 @pytest.mark.slow
 def test_triton_kernel_in_its_interpreter() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    script = HELPERS / "interpreted_syrk.py"
+    script = SCRIPTS / "interpreted_syrk.py"
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     errors = [float(line) for line in run.stdout.splitlines()]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.twin import Twin, random_values
+from helpers.numerics.twin import Twin, random_values
 from sso_megatron import SSO, Spectra, SpectralAdam
 from sso_megatron.matrices.layout import ParameterLayout, gate_up_splits
 
@@ -86,13 +86,15 @@ def test_copies_train_on_their_own(kind: Any, settings: dict[str, Any], copy: An
     assert torch.equal(copied[0], params[0])
 
 
-@kinds
+@pytest.mark.parametrize(("kind", "settings"), [(SSO, {}), *KINDS])
 def test_groups_have_their_own_learning_rates_and_dtypes(kind: Any, settings: dict[str, Any]) -> None:
+    """Two groups of one shape, a mixed group and moving learning rates against separate optimizers."""
     twin = Twin(*random_values(torch.float32, torch.float32, torch.float64))
     together, apart = twin.params(), twin.params()
     groups = [{"params": [together[0], together[2]], "lr": 0.02}, {"params": [together[1]], "lr": 0.1}]
     parts = [kind([apart[i]], lr=lr, **settings) for i, lr in ((0, 0.02), (1, 0.1), (2, 0.02))]
     whole = kind(groups, **settings)
+    assert len(whole.batches) == 3
     lrs = [1.0, 0.5, 2.0, 1.0, 0.25, 1.0]
     twin.train(together, [whole], range(6), lrs)
     twin.train(apart, parts, range(6), lrs)

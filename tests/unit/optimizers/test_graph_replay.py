@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from helpers.recorded_steps import SETTINGS, Training, assert_same
+from helpers.numerics.recorded_steps import SETTINGS, Training, assert_same
 from sso_megatron import SSO, MuonSphere, Spectra, SpectralAdam, SpectralClip
 from sso_megatron.updates.sso import SpectralCache, sso_step_
 

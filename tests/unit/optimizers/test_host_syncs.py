@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.host_reads import NoHostReads
 from helpers.megatron_runs import Megatron
+from helpers.numerics.host_reads import NoHostReads
 from sso_megatron import SSO, MuonSphere, Spectra, SpectralAdam, SpectralClip
 from sso_megatron.cli.bench.meters import HostSyncs
 from sso_megatron.optimizers.measures import StepMeasures
@@ -119,7 +119,7 @@ def test_no_host_synchronisation_on_two_ranks(megatron: Megatron, mode: str, set
     shapes = {"rows": [36, 24, 0, None], "columns": [24, 36, 1, None], "whole": [10, 14, None, None]}
     matrices = shapes | {f"layer {i}": [36, 24, 0, None] for i in range(3)}
     task = {"matrices": matrices, "mode": mode, "steps": 6, "gradients": "noise", "settings": settings}
-    run = megatron.run([json.dumps(task)], 2, main="parallel_probes:train_guarded")
+    run = megatron.run([json.dumps(task)], 2, main="tasks.parallel:train_guarded")
     assert all(set(modes.values()) == {"local", mode} for modes in run.saved("modes"))
     for first, *others in run.saved("syncs"):
         assert first, "the look at the radii"

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from helpers import oracle
-from helpers.host_reads import NoHostReads
 from helpers.megatron_runs import Megatron
-from helpers.problems import low_rank_problem, noise_problem, start
+from helpers.numerics.host_reads import NoHostReads
+from helpers.numerics.problems import low_rank_problem, noise_problem, start
 from sso_megatron.cli.bench.meters import HostSyncs
 from sso_megatron.matrices.layout import ParameterLayout, gate_up_splits
 from sso_megatron.optimizers.config import SpectralConfig
@@ -364,7 +364,7 @@ def test_no_step_waits_for_the_device(base: str, as_tensor: bool) -> None:
 
 def test_cut_vectors_in_any_order(megatron: Megatron) -> None:
     """Ranks that list them in other orders; each is clipped by its own norm."""
-    whole, cut = (megatron.run([], ranks, main="thin_probes:vectors").saved("vectors") for ranks in (1, 2))
+    whole, cut = (megatron.run([], ranks, main="tasks.thin:vectors").saved("vectors") for ranks in (1, 2))
     for name, vector in whole[0].items():
         found = torch.cat([part[name] for part in cut])
         torch.testing.assert_close(found, vector, rtol=0, atol=1e-6)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from helpers import oracle
-from helpers.problems import start
-from helpers.twin import Twin, random_values
+from helpers.numerics.problems import start
+from helpers.numerics.twin import Twin, random_values
 from sso_megatron import SSO, MuonSphere, SpectralConfig
 from sso_megatron.matrices.layout import ParameterLayout, gate_up_splits
 from sso_megatron.optimizers.measures import StepMeasures
@@ -226,25 +226,6 @@ def test_bfloat16_parameters_keep_a_float32_momentum() -> None:
     assert momentum.dtype == torch.float32
     assert torch.equal(loaded.state[param]["momentum_buffer"], momentum), "to the last bit"
     assert param.dtype == torch.bfloat16
-
-
-def test_groups_have_their_own_learning_rates_and_dtypes() -> None:
-    """Two groups of one shape, a mixed group and moving learning rates against separate optimizers."""
-    twin = Twin(*random_values(torch.float32, torch.float32, torch.float64))
-    together, apart = twin.params(), twin.params()
-    groups = [
-        {"params": [together[0], together[2]], "lr": 0.02},
-        {"params": [together[1]], "lr": 0.1},
-    ]
-    whole = SSO(groups)
-    assert len(whole.batches) == 3
-    parts = [SSO([apart[i]], lr=lr) for i, lr in ((0, 0.02), (1, 0.1), (2, 0.02))]
-    lrs = [1.0, 0.5, 2.0, 1.0, 0.25, 1.0]
-    twin.train(together, [whole], range(6), lrs)
-    twin.train(apart, parts, range(6), lrs)
-    for a, b in zip(together, apart, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    assert together[2].dtype == torch.float64
 
 
 def test_what_it_was_built_with_wins_over_a_checkpoint() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.run_folders import HEALTHY, append, begin, record, state_of
+from helpers.runs.run_folders import HEALTHY, append, begin, record, state_of
 from sso_megatron.cli.main import main
 from sso_megatron.runs.file_format import DESCRIPTION, MEASURES, METRICS, SUMMARY
 from sso_megatron.runs.json_lines import by_iteration, read_lines, read_object

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.run_folders import OFF_RADIUS, append, begin, interval, record, state_of
+from helpers.runs.run_folders import OFF_RADIUS, append, begin, interval, record, state_of
 from sso_megatron.cli.train import first_run
 from sso_megatron.cli.watch import command as watch
 from sso_megatron.cli.watch.screen import duration, sparkline

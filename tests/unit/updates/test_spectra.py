@@ -1,6 +1,5 @@
 """Spectra against its published iteration in float64, and against exact SVD; whole and cut matrices."""
 
-import json
 import math
 
 import numpy as np
@@ -10,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 
 from helpers import oracle
 from helpers.comparisons import worst_error
-from helpers.cuts import CUT
 from helpers.megatron_runs import Megatron
-from helpers.problems import low_rank_problem, noise_problem, start
-from helpers.step_costs import assert_waits_once, assert_workspace
+from helpers.numerics.cuts import CUT, whole_and_cut
+from helpers.numerics.problems import low_rank_problem, noise_problem, start
+from helpers.numerics.step_costs import assert_waits_once, assert_workspace
 from sso_megatron import Spectra, SpectraConfig, SpectralConfig
 from sso_megatron.cli.bench.meters import Flops
 from sso_megatron.linalg.block_iteration import find_block
@@ -300,13 +299,10 @@ def test_a_warm_step_takes_four_thin_products(shape: tuple[int, int]) -> None:
 
 def test_cut_matrices_follow_whole_ones(megatron: Megatron) -> None:
     """Two real ranks: the same weights, and the whole V on both; three or four sums, of thin factors."""
-    runs = []
-    for ranks in (1, 2):
-        task = {"matrices": CUT, "steps": 12, "kind": "spectra"}
-        runs.append(megatron.run([json.dumps(task)], ranks, main="thin_probes:train"))
-    assert worst_error(runs[1], runs[0]) < 1e-5
-    assert worst_error(runs[1], runs[0], "kept") < 1e-4
-    for collectives in runs[1].saved("collectives"):
+    whole, cut = whole_and_cut(megatron, "spectra", steps=12)
+    assert worst_error(cut, whole) < 1e-5
+    assert worst_error(cut, whole, "kept") < 1e-4
+    for collectives in cut.saved("collectives"):
         for name, (m, n, dim, _) in CUT.items():
             gram, left, right = 2 * 3 * 3 * 8, 2 * m * 3 * 4, 2 * n * 3 * 4
             thin = [left, right] if dim else [gram, gram, right]

@@ -8,10 +8,10 @@ import torch
 
 from helpers import oracle
 from helpers.comparisons import worst_error
-from helpers.cuts import CUT, MATRICES
 from helpers.megatron_runs import Megatron
-from helpers.problems import start
-from helpers.step_costs import assert_waits_once, assert_workspace
+from helpers.numerics.cuts import CUT, MATRICES, whole_and_cut
+from helpers.numerics.problems import start
+from helpers.numerics.step_costs import assert_waits_once, assert_workspace
 from sso_megatron import SpectralAdam
 
 NAME = "param_groups[0].params[0]"
@@ -186,13 +186,10 @@ def test_settings_are_checked() -> None:
 
 
 def test_cut_matrices_follow_whole_ones(megatron: Megatron) -> None:
-    runs = []
-    for ranks in (1, 2):
-        task = {"matrices": CUT, "steps": 8, "kind": "spectral_adam"}
-        runs.append(megatron.run([json.dumps(task)], ranks, main="thin_probes:train"))
-    assert worst_error(runs[1], runs[0]) < 1e-5
-    assert worst_error(runs[1], runs[0], "kept") < 1e-5
-    for collectives in runs[1].saved("collectives"):
+    whole, cut = whole_and_cut(megatron, "spectral_adam", steps=8)
+    assert worst_error(cut, whole) < 1e-5
+    assert worst_error(cut, whole, "kept") < 1e-5
+    for collectives in cut.saved("collectives"):
         for name, (m, n, dim, _) in CUT.items():
             thin = [2 * m * 4, 2 * n * 4] if dim else [2 * 8, 2 * 8, 2 * n * 4]
             for step in collectives[name][1:]:
@@ -207,5 +204,5 @@ def test_owners_are_refused(megatron: Megatron) -> None:
         "gradients": "noise",
         "optimizer": "SpectralAdam",
     }
-    run = megatron.run([json.dumps(task)], 2, main="parallel_probes:train", fails=True)
+    run = megatron.run([json.dumps(task)], 2, main="tasks.parallel:train", fails=True)
     assert "tp_mode='owner' gives whole matrices to owners" in run.log

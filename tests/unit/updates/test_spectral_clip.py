@@ -178,7 +178,7 @@ def test_cut_matrices_follow_whole_ones(megatron: Megatron, mode: str, base: str
     settings = {"base": base, "c": 3.0, "train_steps": 6, "c_warmup_steps": 2, "pre_clip_c": 0.5}
     task = {"matrices": MATRICES, "mode": mode, "steps": 6, "gradients": "decaying", "settings": settings}
     task |= {"lrs": [0.02, 0.05], "optimizer": "SpectralClip"}
-    main = "parallel_probes:train"
+    main = "tasks.parallel:train"
     one, two = (megatron.run([json.dumps(task)], ranks, main=main) for ranks in (1, 2))
     final, wanted = two.merged("final"), one.merged("final")
     assert final.keys() == wanted.keys()
@@ -197,6 +197,6 @@ def test_cut_matrices_need_one_sum_a_step(megatron: Megatron) -> None:
     matrices = {f"layer {i}": [36, 24, 0, None] for i in range(4)}
     task = {"matrices": matrices, "mode": "distributed", "steps": 3, "gradients": "noise"}
     task["optimizer"] = "SpectralClip"
-    run = megatron.run([json.dumps(task)], 2, main="parallel_probes:train")
+    run = megatron.run([json.dumps(task)], 2, main="tasks.parallel:train")
     for steps in run.saved("collectives"):
         assert steps == [[("all_reduce", 4 * 24 * 24 * 8)]] * 3

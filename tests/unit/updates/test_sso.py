@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers import oracle
-from helpers.problems import low_rank_problem, noise_problem, start
+from helpers.numerics.problems import low_rank_problem, noise_problem, start
 from sso_megatron import SSO
 from sso_megatron.linalg.coefficients import polar_coefficients
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers.megatron_runs import Megatron
-from helpers.quality_probes import judged_step
+from helpers.probes.quality import judged_step
 from sso_megatron import SSO
 from sso_megatron.cli.data import command as data
 from sso_megatron.cli.train import first_run
@@ -174,7 +174,7 @@ def test_training(megatron: Megatron, tmp_path: Path) -> None:
     dataset = data.prepare(tmp_path / "asyncio", [Path(asyncio.__file__).parent], quiet=True)
     flags = first_run._flags("sso", 150, tmp_path, ranks=1) + dataset.megatron_arguments()
     flags += ["--num-layers=2", "--seq-length=64", "--micro-batch-size=2", "--global-batch-size=2"]
-    run = megatron.run([*flags, "--eval-iters=0"], calls=("quality_probes:record",))
+    run = megatron.run([*flags, "--eval-iters=0"], calls=("probes.quality:record",))
     (found,) = run.saved("quality")
     assert found["step"].unique().tolist() == list(range(1, 150, 25))
     shown = torch.tensor([0.01, 0.5, 0.99, 1.0], dtype=torch.float64)

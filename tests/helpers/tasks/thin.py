@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from helpers.parallel_probes import whole_of
 from helpers.probes import Collectives, save
+from helpers.tasks.parallel import whole_of
 from sso_megatron import SpectralClip
 from sso_megatron.linalg.block_iteration import find_block
 from sso_megatron.linalg.orthonormal import orthonormalize

@@ -5,12 +5,12 @@ import itertools
 import os
 import runpy
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from helpers.paths import SCRIPTS
 from helpers.probes import around_train, save, spectral_optimizers
 
 
@@ -261,7 +261,7 @@ def do_not_route() -> None:
 
 def their_script() -> None:
     """A user's script, whose model comes from a provider of its own."""
-    runpy.run_path(str(Path(__file__).parent / "their_pretrain.py"), run_name="__main__")
+    runpy.run_path(str(SCRIPTS / "their_pretrain.py"), run_name="__main__")
 
 
 # Global shapes of the logical matrices that a parameter holds, with its own shape, in a layer's order.

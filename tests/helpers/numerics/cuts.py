@@ -1,6 +1,9 @@
 """Ways to cut matrices over ranks, with uneven shards."""
 
+import json
 from typing import Any
+
+from helpers.megatron_runs import Megatron, Run
 
 CUT = {
     "rows": [24, 36, 0, [12, 12]],
@@ -12,6 +15,12 @@ CUT = {
     "square rows": [30, 30, 0, [15, 15]],
     "square columns": [30, 30, 1, [15, 15]],
 }
+
+
+def whole_and_cut(megatron: Megatron, kind: str, steps: int) -> list[Run]:
+    """Steps of one kind on the matrices of ``CUT``, on one rank that has them whole and on two."""
+    task = json.dumps({"matrices": CUT, "steps": steps, "kind": kind})
+    return [megatron.run([task], ranks, main="tasks.thin:train") for ranks in (1, 2)]
 
 
 # Both dimensions, long and short side cut, square, several of a shape (more than ranks divide), whole.

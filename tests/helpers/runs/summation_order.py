@@ -2,7 +2,7 @@
 
 A layout sums in another order than one rank, and bf16 rounds after eight bits: losses, and much more so
 steps, which magnify what is small in a gradient, say little by themselves. How much they may differ is
-what two other orders of summation make of the same run on one rank; see ``rounding_probes``.
+what two other orders of summation make of the same run on one rank; see ``helpers.probes.rounding``.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ import torch
 
 from helpers.megatron_runs import Megatron, Run, expert_by_itself
 
-WATCH = ("probes:weights", "rounding_probes:first_steps")
-ORDERS = ("rounding_probes:sum_in_halves", "rounding_probes:sum_in_quarters")
+WATCH = ("probes:weights", "probes.rounding:first_steps")
+ORDERS = ("probes.rounding:sum_in_halves", "probes.rounding:sum_in_quarters")
 
 # How many times further from the reference than the further of the reorderings a run may be. What is
 # compared of a matrix has thousands of entries, so that two orders change it equally much but for some

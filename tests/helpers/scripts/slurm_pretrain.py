@@ -31,9 +31,9 @@ if __name__ == "__main__":
     if fault == "crash":
         sys.exit(1)
     if fault == "spoil":
-        sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
-        from helpers import metrics_probes
+        sys.path.insert(0, str(Path(__file__).parents[2]))
+        from helpers.probes import metrics
 
-        metrics_probes.spoil_all()
+        metrics.spoil_all()
     pretrain_gpt.forward_step = forward_step
     pretrain_gpt.main()

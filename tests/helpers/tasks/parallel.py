@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import sso_megatron
-from helpers.host_reads import NoHostReads
+from helpers.numerics.host_reads import NoHostReads
 from helpers.probes import Collectives, save
 from sso_megatron import SSO
 from sso_megatron.cli.bench.meters import HostSyncs

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import oracle
-from helpers.spectra import EIGHT, with_spectrum
+from helpers.numerics.spectra import EIGHT, with_spectrum
 from sso_megatron.linalg.polar import msign
 from sso_megatron.linalg.symmetric import Products
 
