@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     if os.path.lexists(out):
         raise ValueError(f"--out {out} must not exist; name another folder, or remove it")
     folder = loading.find_checkpoint(options.load, options.ckpt_step)
-    with loading.alone():
+    with loading.single_rank():
         checkpoint = loading.read_checkpoint(folder)
         chunks = loading.load_model(checkpoint)
         matrices = export.retract_(chunks, checkpoint)

@@ -8,7 +8,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from sso_megatron.cli.shared.errors import fail
+from sso_megatron.cli.shared.errors import discard_output, report_error
 from sso_megatron.version import __version__
 
 COMMANDS = {
@@ -57,8 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.megatron_flags = others
     try:
         return int(options.run(options))
+    except BrokenPipeError:  # a reader that has seen enough, such as head; rich ends in this way, too
+        discard_output()
+        return 1
     except (ValueError, OSError) as error:
-        return fail(command, error)
+        return report_error(command, error)
     except KeyboardInterrupt:
         return 130
 

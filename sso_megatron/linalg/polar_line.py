@@ -1,6 +1,6 @@
 """``msign`` along the line ``M + lam u v^T``, and its inner product with the line's direction.
 
-What SSO's search for lambda evaluates (arXiv 2601.08393, Algorithm 1): ``h(lam) = <u v^T,
+SSO's search for lambda evaluates it (arXiv 2601.08393, Algorithm 1): ``h(lam) = <u v^T,
 msign(M + lam u v^T)>``. Along the line the Gram matrix changes by rank two, so that trials need products
 of the short side's size alone, and matrices whose rows are cut over ranks one sum for all of them. A
 whole matrix's accepted trial is an ordinary ``msign``.

@@ -1,4 +1,4 @@
-"""Where the logical matrices of a stored parameter lie, and their global shapes.
+"""Describes where the logical matrices of a stored parameter lie, and their global shapes.
 
 Megatron fuses several matrices into one parameter and tensor parallelism cuts parameters into shards.
 A ``Split`` says which rows of this rank's shard belong to one logical matrix, and which dimension of

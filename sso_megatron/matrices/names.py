@@ -1,4 +1,4 @@
-"""Names of weights and logical matrices."""
+"""The order of names: layer 2 before layer 10."""
 
 import re
 

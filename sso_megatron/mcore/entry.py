@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sso_megatron.mcore.checkpoint import load_hooks, save_hooks
-from sso_megatron.mcore.compat import private_api, versions
+from sso_megatron.mcore.compat import compiled_helpers, private_api, versions
 from sso_megatron.mcore.errors import UnsupportedError, fail
 from sso_megatron.mcore.flags.optimizers import OPTIMIZERS
 from sso_megatron.mcore.flags.parser import add_arguments, configs_from
@@ -42,7 +42,7 @@ def enter() -> None:
                     "on the CPU with CUDA_VISIBLE_DEVICES= (empty) on every node"
                 )
             rehearsal.start_rehearsal()
-        rehearsal.skip_helper_compilation()
+        compiled_helpers.skip_helper_compilation()
         _hook_arguments()
         loop_hooks.install()
         _hook_checkpoints()

@@ -1,4 +1,4 @@
-"""How a process of a run ends on an error: one line, exit code 2."""
+"""Ends a process of a run after an error, with one line and exit code 2."""
 
 import os
 import sys

@@ -131,11 +131,11 @@ class SpectralOptimizer(MatrixOptimizer):
         if batch.shards is None and all(member.param.grad is None for member in batch.members):
             self._finish(batch.members)
             return
-        W, N = self._spread(batch)
+        W, N = self._gathered(batch)
         self._update(batch, W, N)
         self._write(batch.here, batch.placement.local_shards(W))
 
-    def _spread(self, batch: MatrixBatch) -> Tensor:
+    def _gathered(self, batch: MatrixBatch) -> Tensor:
         buffer, (weights, directions) = batch.placement.allocate(2, **batch.options)
         self._read(batch.members, weights, directions)
         return batch.placement.gather(buffer, 2)
@@ -182,7 +182,7 @@ class SpectralOptimizer(MatrixOptimizer):
         self.update_batch_(batch, W, N)
         if self.measures is not None:
             known |= self.measured(batch)
-            self.measures.add_whole(batch, [known[name] for name in self.columns])
+            self.measures.add_worked(batch, [known[name] for name in self.columns])
 
     def _read(self, members: list[Member], weights: list[Tensor], directions: list[Tensor]) -> None:
         """Copy this rank's part of weights and momentum directions into the places given."""

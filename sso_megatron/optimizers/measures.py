@@ -1,4 +1,4 @@
-"""What a step did to each logical matrix, measured on the device while it is taken."""
+"""Measures on the device what a step does to each logical matrix."""
 
 from collections.abc import Iterator
 
@@ -45,7 +45,7 @@ class StepMeasures:
             squares = torch.stack([torch.stack(column) for column in norms], dim=1).float().square()
             self.parts |= zip((m.name for m in members[chunk]), squares.unbind(), strict=True)
 
-    def add_whole(self, batch: MatrixBatch, columns: list[Tensor]) -> None:
+    def add_worked(self, batch: MatrixBatch, columns: list[Tensor]) -> None:
         """Store columns of ``(b,)`` numbers, one number for each of ``batch.here``."""
         rows = torch.stack([column.float() for column in columns], dim=1)
         self.whole |= zip((member.name for member in batch.here), rows.unbind(), strict=True)

@@ -1,4 +1,4 @@
-"""How far a trained model's weights are off their spectral spheres."""
+"""Measures how far a trained model's weights are off their spectral spheres."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""How a setting is declared, checked and described; the settings themselves are in ``config``."""
+"""Declares, checks and describes settings; the settings themselves are in ``config``."""
 
 import dataclasses
 import math

@@ -1,1 +1,1 @@
-"""How batches of logical matrices are spread over process groups, for any algorithm."""
+"""Spreads batches of logical matrices over process groups, for any algorithm."""

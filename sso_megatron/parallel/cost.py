@@ -1,4 +1,4 @@
-"""What a spectral step costs in each placement: the model behind ``--spectral-tp-mode auto``.
+"""Estimates a spectral step's cost in each placement; ``--spectral-tp-mode auto`` takes the cheapest.
 
 Costs are flops of one rank; a byte between ranks counts as ``flops_per_byte`` flops. Newton-Schulz
 steps and their Gram matrices dominate; momentum, power iteration and retraction are left out.

@@ -1,4 +1,4 @@
-"""Which rank of a tensor-parallel group works on which part of a batch of cut matrices.
+"""Distributes the work on a batch of cut matrices over the ranks of a tensor-parallel group.
 
 A placement allocates a buffer for this rank's shards of ``b`` equal matrices and returns the matrices that
 this rank works on: ``(b', p, q)`` whole matrices, or this rank's rows of matrices whose rows are cut (``q``

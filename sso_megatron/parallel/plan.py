@@ -178,7 +178,7 @@ def plan_group(
     for i, matrix in enumerate(matrices):
         kinds.setdefault(matrix.kind, []).append(i)
     modes = dict.fromkeys(kinds, mode)
-    if mode in ("auto", "distributed") and all(matrix.thin_sums for matrix in matrices):
+    if mode in ("auto", "distributed") and all(matrix.thin_sums and matrix.may_stay for matrix in matrices):
         modes = dict.fromkeys(kinds, "distributed")
     elif mode == "distributed":
         modes = {

@@ -1,6 +1,7 @@
 """Alarms from a run's measurements: what differs from a healthy run, and in which module.
 
-The rules are functions of numbers on the host. ``mcore.metrics`` measures, and acts on alarms.
+The rules work on numbers on the host. ``mcore.metrics`` measures and acts on alarms; ``health_monitor``
+decides which of them to act on.
 """
 
 from collections import Counter, deque
@@ -220,13 +221,13 @@ class _Streak:
         return self.counts
 
     def lasts(self, iteration: int) -> Mask:
-        """Where the condition has held for so long that it is no accident."""
+        """Return a mask of the rows in which the condition has held too long for an accident."""
         has_lasted = iteration - self.since >= _LASTING_ITERATIONS
         return (self.counts >= _LASTING_MEASUREMENTS) & has_lasted
 
 
 def _worst_first(severity: Array) -> Indices:
-    """Indices of the positive entries, the largest first; equal entries keep their order."""
+    """Return the indices of the positive entries, the largest first; equal entries keep their order."""
     indices = np.flatnonzero(severity > 0)
     return indices[np.argsort(-severity[indices], kind="stable")]
 

@@ -27,8 +27,8 @@ class Cell:
     Attributes:
         module: name without layer and expert numbers.
         layer: global number; None outside layers.
-        nuclear_rank: of the gradient.
-        stable_rank: of the incoming activations; None where these are not known.
+        nuclear_rank: nuclear rank of the gradient.
+        stable_rank: stable rank of the incoming activations; None where these are not known.
         gain: nuclear rank by stable rank.
     """
 
@@ -108,9 +108,9 @@ def print_table(
     """Print a table with a row for each module.
 
     Args:
-        cells: from ``read``.
-        iterations: from ``read``.
-        console: to print on.
+        cells: the cells that ``read`` returned.
+        iterations: the iterations that ``read`` returned.
+        console: console to print on.
         by_layer: a row for each module of each layer, instead of medians over layers.
     """
     when = f"iteration {iterations[0]}" if len(iterations) == 1 else f"{len(iterations)} iterations"

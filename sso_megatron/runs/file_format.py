@@ -5,7 +5,8 @@ The records are plain text, and a file of lines can be read while the run append
 - ``run.json``, an object: what is trained how. Written when training starts, and again after a resume.
 - ``metrics.jsonl``, an object a line and iteration: ``iteration``, ``time`` (seconds since 1970) and
   ``loss``; at ``--log-interval`` also ``lr`` and ``grad_norm``; where the model was measured also
-  ``headlines`` (a few numbers by name), ``alarms`` (texts) and ``criterion`` (numbers by weight).
+  ``headlines`` (a few numbers by name) and ``alarms`` (texts), and at ``--log-spectral-criterion``
+  ``criterion`` (numbers by weight).
 - ``measures.jsonl``, everything measured, in two kinds of lines. ``{"tables": {table: [row, ...]}}`` names
   the rows of each table, and holds until the next such line. ``{"iteration": ..., "time": ..., "lr": ...,
   table: {column: [number, ...]}}`` is a measurement, with a number (or a list, for ``load``) for each row.

@@ -1,6 +1,6 @@
-"""What follows from a measurement's alarms: which of them are news, and whether the run must end.
+"""Decides from a measurement's alarms which of them are news, and whether the run must end.
 
-Pure functions of numbers on the host; ``runs.alarms`` has the rules.
+It works on numbers on the host, and remembers the measurements before; ``runs.alarms`` has the rules.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from sso_megatron.runs.tables import Tables
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the monitor says about one measurement.
+    """The monitor's verdict on one measurement.
 
     Attributes:
         alarms: lines for the run's files.
@@ -43,10 +43,10 @@ class HealthMonitor:
         return self._mode == "stop"
 
     def judge(self, iteration: int, tables: Tables, is_skipped: bool) -> Judgement:
-        """Take a measurement in.
+        """Return a measurement's alarms, and set ``stop_reason`` if one of them ends the run.
 
         Args:
-            iteration: of the measurement.
+            iteration: number of the measured iteration.
             tables: ``matrices``, ``layers`` and ``experts``.
             is_skipped: whether the optimizer did not take this step.
         """

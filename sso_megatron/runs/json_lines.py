@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 
 def parse_object(text: bytes) -> Record | None:
-    """The JSON object that a text is; None where it is unfinished or another value than an object."""
+    """Parse a JSON object; return None for an unfinished text and for another value than an object."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -25,7 +25,7 @@ def parse_object(text: bytes) -> Record | None:
 
 
 def read_object(path: Path) -> Record:
-    """The JSON object in a file; empty where the file is missing, unfinished, or holds no object.
+    """Return the JSON object in a file; empty where the file is missing, unfinished, or holds no object.
 
     Raises:
         OSError: the file is there and cannot be read.
@@ -38,7 +38,9 @@ def read_object(path: Path) -> Record:
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """The JSON objects of a file, one a line; a line that is none is named on standard error and left out.
+    """Yield the records of a file, one a line; name other lines on standard error and leave them out.
+
+    A record is a JSON object with an iteration, or with the names of tables' rows.
 
     Raises:
         OSError: the file is missing or cannot be read.
@@ -46,14 +48,14 @@ def read_lines(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             record = parse_object(line)
-            if record is None:
+            if record is None or ("tables" not in record and iteration_of(record) is None):
                 print(f"{path}, line {number} is not whole, and is left out", file=sys.stderr)
             else:
                 yield record
 
 
 def iteration_of(record: Record) -> int | None:
-    """The iteration of a line; None where it has none."""
+    """Return the iteration of a line; None where it has none."""
     try:
         return int(record["iteration"])
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -90,7 +92,7 @@ def drop_from(kept: dict[int, Any], iteration: int) -> bool:
 
 
 def by_iteration(records: Iterable[Record]) -> dict[int, Record]:
-    """The lines that count, by iteration, ascending; lines without an iteration are left out."""
+    """Return the lines that count, by iteration, ascending; lines without an iteration are left out."""
     found: dict[int, Record] = {}
     order = IterationOrder()
     for record in records:

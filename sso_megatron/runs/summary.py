@@ -1,4 +1,4 @@
-"""What ``summary.json`` says of a run, from the lines that were written and the results of the ranks."""
+"""Makes ``summary.json`` of a run from the lines that were written and the results of the ranks."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass
 class RunTotals:
-    """What a summary keeps of the lines of ``metrics.jsonl``.
+    """The numbers that a summary takes from the lines of ``metrics.jsonl``.
 
     Attributes:
         iterations: the last iteration; 0 before the first line.
@@ -20,7 +20,7 @@ class RunTotals:
     last_loss: float | None = None
 
     def add(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Take the next lines in."""
+        """Count further lines."""
         for line in lines:
             self.iterations = line["iteration"]
             if "loss" in line:
@@ -34,10 +34,10 @@ def summarize(
     seconds: float,
     stop_reason: str | None,
 ) -> dict[str, Any]:
-    """The fields of ``summary.json`` but for its time.
+    """Return the fields of ``summary.json`` but for its time.
 
     Args:
-        totals: over the lines of the run.
+        totals: numbers of the run's lines.
         results: largest radius error and validation loss of each rank; None where a rank has none.
         seconds: length of the training loop.
         stop_reason: text of the alarm that ended the run, if one did.

@@ -1,1 +1,1 @@
-"""Each file holds one algorithm, which updates a batch of weights from momenta and a spectral cache."""
+"""Steps of the algorithms on batches of weights, and the elementwise updates that they start from."""

@@ -240,3 +240,27 @@ def test_the_command(tmp_path: Path) -> None:
     words = result.stdout.split("\0")
     assert words[-1] == "" and words[words.index("--seed") + 1] == "7" and "sso" in words
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_what_megatron_trains_with_it_is_one_line() -> None:
+    """As where megatron-core is installed without its extra ``training``."""
+    code = "import sys; sys.modules['megatron.training'] = None; from sso_megatron.cli.main import main; "
+    code += "sys.exit(main(['render', 'tiny_dense_sso']))"
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_AFTER, check=False)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("sso-megatron render: error: No module named 'megatron.training")
+
+
+@pytest.mark.parametrize("words", [["--list"], ["tiny_dense_sso"]])
+def test_a_reader_that_has_seen_enough_ends_it_quietly(words: list[str]) -> None:
+    """Behind a pipe that nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "sso_megatron.cli.main", "render", *words]
+    ended = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=HANGS_AFTER, check=False
+    )
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, "")

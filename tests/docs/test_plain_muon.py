@@ -108,10 +108,13 @@ def test_sharded_ranks_train_as_one(train: Callable[..., Run]) -> None:
     assert_same_run(sharded, train(1))
 
 
-def test_a_plan_is_what_the_run_does(megatron: Megatron) -> None:
+@pytest.mark.parametrize("register", ["register", "register_without_decay"])
+def test_a_plan_is_what_the_run_does(megatron: Megatron, register: str) -> None:
     """Flops and bytes, which follow from the base class's defaults alone."""
-    argv = tiny(*FLAGS, "--train-iters", 2, "--lr-warmup-iters", 0, tp=2, optimizer="plain_muon")
-    calls = ("probes.plain_muon:register",)
+    flags = ["--train-iters", 2, "--lr-warmup-iters", 0, "--weight-decay", 0.1]
+    own = FLAGS if register == "register" else []
+    argv = tiny(*own, *flags, tp=2, optimizer="plain_muon")
+    calls = (f"probes.plain_muon:{register}",)
     planned = megatron.run(
         ["--world-size", "2", "--json", "plan.json", *argv], calls=calls, main="probes.plan:plan"
     )

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import torch
@@ -62,8 +63,11 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="sso-megatron-bench-") as folder:
         try:
             results = measure(settings, Path(folder))
-        except ProcessException as error:
-            print(f"{error}\nsso-megatron bench: error: a rank failed; see above", file=sys.stderr)
+        except (ProcessException, ValueError, OSError) as error:
+            # Alone, a rank is this process, and its error is no matter of the command line.
+            is_alone = not isinstance(error, ProcessException)
+            details = traceback.format_exc() if is_alone else f"{error}\n"
+            print(f"{details}sso-megatron bench: error: a rank failed; see above", file=sys.stderr)
             return 1
     bench_report.add_statistics(results)
     bench_report.print_table(settings, results)

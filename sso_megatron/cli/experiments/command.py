@@ -116,12 +116,14 @@ def render(experiment: Experiment, index: int | None, more: Sequence[str]) -> li
 def _parser() -> "FlagParser":
     with megatron_process.without_noise() as (_, said):
         try:
-            megatron_process.enter()
+            megatron_process.enter_without_gpu()
             from sso_megatron.mcore.flags.megatron_parser import FlagParser
 
             return FlagParser()
         except SystemExit:
             raise ValueError(megatron_process.reason(said.getvalue())) from None
+        except ImportError as error:
+            raise ValueError(str(error)) from None
 
 
 def _read(parser: "FlagParser", flag: str, what: Given) -> tuple[str, list[str]]:

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _make(options: argparse.Namespace) -> Any:
-    megatron_process.enter()
+    megatron_process.enter_without_gpu()
     from sso_megatron.mcore.plan.advice import warnings_of
     from sso_megatron.mcore.plan.model import make_plan
     from sso_megatron.mcore.plan.request import read_flags

@@ -1,4 +1,4 @@
-"""Sets the look of all pictures: readable in grey, by colour-blind people, and with thousands of points."""
+"""The look, axes and SVG text of all pictures: for grey prints, colour-blind people, many points."""
 
 import contextlib
 import io

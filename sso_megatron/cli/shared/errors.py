@@ -1,9 +1,10 @@
 """Ends a command after an error, with one line on standard error and exit code 2."""
 
+import os
 import sys
 
 
-def fail(command: str, error: object) -> int:
+def report_error(command: str, error: object) -> int:
     """Print an error as one line and return the exit code 2.
 
     Args:
@@ -12,3 +13,8 @@ def fail(command: str, error: object) -> int:
     """
     print(f"sso-megatron {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+
+
+def discard_output() -> None:
+    """Send standard output to nowhere: Python would report a broken pipe again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Iterator
 
 
-def enter() -> None:
-    """Make Megatron importable as in a run of one rank; no GPU of this machine is used."""
+def enter_without_gpu() -> None:
+    """Hook into Megatron as a run of one rank would, with the GPUs of this machine hidden."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     from sso_megatron.mcore import entry
@@ -27,17 +27,18 @@ def without_noise() -> Iterator[tuple[io.StringIO, io.StringIO]]:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
+        was_disabled = logging.root.manager.disable
         logging.disable()
         try:
             yield printed, said
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(was_disabled)
 
 
 def reason(output: str) -> str:
     """Return why a process of Megatron's ended, from its output.
 
-    This is the last line that contains ``error: ``, from behind that; all of the output if no line does.
+    This is the text after the last ``error: ``; all of the output if there is none.
     """
     told = [line for line in output.splitlines() if "error: " in line]
     return told[-1].split("error: ", 1)[1] if told else output.strip() or "no reason given"

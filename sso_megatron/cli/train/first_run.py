@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sso_megatron.cli.data import command as data
 from sso_megatron.cli.plot import training as plot_training
+from sso_megatron.cli.shared.errors import discard_output
 from sso_megatron.cli.watch import command as watch
 from sso_megatron.runs.file_format import CHECKPOINT, LOG, SUMMARY
 from sso_megatron.runs.live_state import RunState
@@ -150,7 +151,7 @@ def _train(command: list[str], folder: Path, iterations: int) -> int:
                 watch.follow(RunState(folder, total=iterations), lambda: process.poll() is not None)
             except OSError as error:  # the training does not need its view
                 if isinstance(error, BrokenPipeError):
-                    watch.discard_output()
+                    discard_output()
                 with contextlib.suppress(OSError):
                     print(
                         f"sso-megatron first-run: progress is not shown any more: {error}", file=sys.stderr

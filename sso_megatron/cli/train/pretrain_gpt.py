@@ -52,7 +52,7 @@ def refuse_packed_data(args: Any) -> None:
 
 
 def embedding_ranks(args: Any, pp_ranks: list[int]) -> list[int]:
-    """Return the pipeline stages that hold the word embeddings: the first, the last if tied, and MTP's."""
+    """Return the ranks of a pipeline that hold the word embeddings: first, last if tied, and MTP's."""
     from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
     from megatron.training.arguments import core_transformer_config_from_args
 

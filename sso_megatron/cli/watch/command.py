@@ -1,7 +1,6 @@
 """``sso-megatron watch`` follows a run by the files that it writes."""
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
+from sso_megatron.cli.shared.errors import discard_output
 from sso_megatron.cli.watch.screen import Screen, plain_line, status
 from sso_megatron.runs.live_state import RunState
 
@@ -54,11 +54,6 @@ def exit_on_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda received, frame: sys.exit(128 + received))
-
-
-def discard_output() -> None:
-    """Send standard output to nowhere: Python would report a broken pipe again when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def follow(state: RunState, is_over: Callable[[], bool], plain: bool = False) -> None:

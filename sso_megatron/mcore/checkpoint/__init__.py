@@ -1,1 +1,1 @@
-"""Keeps checkpoints complete, checks that they fit the run, and ends all ranks together where not."""
+"""Keeps checkpoints complete, and ends all ranks together where one is damaged or does not fit the run."""

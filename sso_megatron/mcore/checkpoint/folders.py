@@ -8,7 +8,7 @@ A checkpoint ``iter_0000010`` is made in steps, and a run may be killed between 
 4. the old folder is removed, and the tracker file is replaced.
 
 So a folder named ``iter_*`` is complete, unless another program made it. After a run that ended half-way
-``find_damage`` returns what has to be repaired, and ``mend`` repairs it. Both are for one process: they
+``find_leftovers`` returns what has to be repaired, and ``mend`` repairs it. Both are for one process: they
 issue no collectives, and use nothing of Megatron but the names of its files.
 
 The names of partial and old folders do not begin with ``iter_``, because Megatron takes what follows that
@@ -190,7 +190,7 @@ class Damage:
         return f"{self.found}; it now names iteration {self.iteration}, the newest complete checkpoint"
 
 
-def find_damage(root: Path) -> Damage | None:
+def find_leftovers(root: Path) -> Damage | None:
     """Return what a run that ended half-way left to repair in a folder of checkpoints, else None.
 
     It changes nothing, and looks for torch_dist checkpoints. A tracker that names a complete checkpoint is
@@ -238,7 +238,7 @@ def _wrong_tracker(root: Path, taken_away: tuple[Path, ...]) -> str | None:
 
 
 def mend(root: Path, damage: Damage) -> None:
-    """Repair what ``find_damage`` returned; after an interruption ``find_damage`` finds the rest again."""
+    """Repair what ``find_leftovers`` returned, which after an interruption finds the rest again."""
     for folder in damage.taken_away:
         if folder.exists():  # not complete
             _remove(folder)
@@ -247,3 +247,10 @@ def mend(root: Path, damage: Damage) -> None:
         with replacing(root / TRACKER) as file:
             file.write(str(damage.iteration))
     sync_folder(root)
+
+
+def uses_object_store() -> bool:
+    """Return whether Megatron's paths may be addresses in an object store."""
+    from megatron.core.msc_utils import MultiStorageClientFeature
+
+    return bool(MultiStorageClientFeature.is_enabled())

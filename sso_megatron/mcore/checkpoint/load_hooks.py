@@ -19,7 +19,6 @@ from sso_megatron.mcore.checkpoint.collective_exit import (
     check_together,
     exit_together,
 )
-from sso_megatron.mcore.checkpoint.save_hooks import uses_object_store
 from sso_megatron.mcore.compat import private_api
 
 
@@ -95,7 +94,7 @@ def _once_mended(original: Callable[..., Any]) -> Callable[..., Any]:
     def checkpoint_exists(checkpoints_path: Any) -> Any:
         from megatron.training import get_args
 
-        is_known = get_args().ckpt_format in repair.FORMATS and not uses_object_store()
+        is_known = get_args().ckpt_format in repair.FORMATS and not folders.uses_object_store()
         if checkpoints_path is not None and is_known:
             repair.mend(Path(checkpoints_path))
         return original(checkpoints_path)
@@ -109,7 +108,7 @@ def _from_mended_folder(original: Callable[..., Any]) -> Callable[..., Any]:
 
         Collectives: Megatron's and those of ``repair.prepare``.
         """
-        if load_dir is None or uses_object_store():
+        if load_dir is None or folders.uses_object_store():
             return original(load_dir, args, *rest, **kwargs)
         _loading.roots = repair.roots(Path(load_dir), args)
         if args.ckpt_format in repair.FORMATS:
@@ -164,7 +163,7 @@ def _if_it_fits(original: Callable[..., Any]) -> Callable[..., Any]:
         def load() -> Any:
             return original(load_dir, args, rank0, sharded_state_dict, iteration, release, *rest, **kwargs)
 
-        if uses_object_store():
+        if folders.uses_object_store():
             return load()
         folder = folders.iteration_folder(Path(load_dir), iteration)
         if release:
@@ -193,7 +192,7 @@ def _if_its_files_are_sound(original: Callable[..., Any]) -> Callable[..., Any]:
 
         Collectives: those of ``_check_files``.
         """
-        if not uses_object_store():
+        if not folders.uses_object_store():
             _check_files(Path(checkpoint_name))
         return original(checkpoint_name, args)
 
@@ -214,7 +213,7 @@ def _check_files(folder: Path) -> None:
     rank, size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
     def check() -> str | None:
-        damage = manifest.find_damage(folder, rank, size, reads=together)
+        damage = manifest.find_damaged_file(folder, rank, size, reads=together)
         return damage and f"{damage}; {_way_out(folder)}"
 
     check_together(check)
@@ -248,7 +247,7 @@ def _naming_the_file(folder: Path) -> Iterator[None]:
         yield
     except ERRORS as error:  # torch raises anything on bytes that it cannot read
         # Verified files are not at fault, and every rank comes here: none should read all files again.
-        damage = manifest.find_damage(folder, reads=False)
+        damage = manifest.find_damaged_file(folder, reads=False)
         text = damage or f"{folder} cannot be read ({cause_of(error)})"
         problem = CheckpointError(f"{text}; {_way_out(folder)}")
     else:

@@ -70,7 +70,7 @@ def _write(folder: Path, hashes: dict[str, str]) -> None:
     sync_folder(folder)
 
 
-def find_damage(folder: Path, rank: int = 0, size: int = 1, reads: bool = True) -> str | None:
+def find_damaged_file(folder: Path, rank: int = 0, size: int = 1, reads: bool = True) -> str | None:
     """Return in words the first damaged file in a rank's share of a checkpoint, or None.
 
     Without a manifest nothing is checked. No collectives.

@@ -61,7 +61,7 @@ def mend(root: Path) -> None:
 def _mend_here(root: Path) -> str | None:
     """Repair a folder in this process; return what is wrong and cannot be repaired, or None."""
     try:
-        damage = folders.find_damage(root)
+        damage = folders.find_leftovers(root)
         if damage is not None:
             folders.mend(root, damage)
             print(f"sso_megatron: {damage.line}", flush=True)
@@ -76,7 +76,7 @@ def _wait_until_mended(root: Path) -> str | None:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < deadline:
         try:
-            if folders.find_damage(root) is None:
+            if folders.find_leftovers(root) is None:
                 return None
         except folders.FolderError as error:
             return str(error)

@@ -25,13 +25,6 @@ def install() -> None:
     private_api.wrap(private_api.tracker_opener(), _with_tracker_replaced)
 
 
-def uses_object_store() -> bool:
-    """Return whether Megatron's paths may be addresses in an object store."""
-    from megatron.core.msc_utils import MultiStorageClientFeature
-
-    return bool(MultiStorageClientFeature.is_enabled())
-
-
 _swept: set[Path] = set()
 """Folders of checkpoints that this run has saved into, hence cleaned of what earlier runs left."""
 
@@ -50,7 +43,7 @@ def _into_partial_folder(original: Callable[..., Any]) -> Callable[..., Any]:
         ``_finish``, which an asynchronous save issues when it is finalised.
         """
         folder = Path(checkpoint_dir)
-        if uses_object_store() or not folders.is_checkpoint_name(folder.name):
+        if folders.uses_object_store() or not folders.is_checkpoint_name(folder.name):
             return original(
                 sharded_state_dict, checkpoint_dir, *args, verify_integrity=verify_integrity, **kwargs
             )
@@ -90,7 +83,7 @@ def _with_tracker_replaced(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def open_file(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         is_tracker = Path(path).name == folders.TRACKER
-        if uses_object_store() or not is_tracker or mode != "w":
+        if folders.uses_object_store() or not is_tracker or mode != "w":
             return private_api.open_with_store(path, mode, *args, **kwargs)
         return folders.replacing(Path(path))
 

@@ -1,6 +1,6 @@
 """Access to Megatron's private names; a name that is missing raises an error that says so.
 
-The package reaches private names only through this module. ``private_names`` has the table of them and
+The package looks private names up only through this module. ``private_names`` has the table of them and
 says what each is used for.
 """
 
@@ -25,7 +25,7 @@ def existing(path: str) -> Any:
     Raises:
         UnsupportedError: this Megatron-Core does not have the name.
     """
-    owner, name = _owner_of(path)
+    owner, name = _holder_of(path)
     return getattr(owner, name)
 
 
@@ -39,7 +39,7 @@ def replace(path: str, replacement: Any) -> None:
     Raises:
         UnsupportedError: this Megatron-Core does not have the name.
     """
-    owner, name = _owner_of(path)
+    owner, name = _holder_of(path)
     setattr(owner, name, replacement)
 
 
@@ -56,7 +56,7 @@ def wrap(path: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]])
     Raises:
         UnsupportedError: this Megatron-Core does not have the name.
     """
-    owner, name = _owner_of(path)
+    owner, name = _holder_of(path)
     original = getattr(owner, name)
     if not hasattr(original, "_sso_megatron_original"):
         replacement = wrapper(original)
@@ -64,7 +64,7 @@ def wrap(path: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]])
         setattr(owner, name, staticmethod(replacement) if isinstance(owner, type) else replacement)
 
 
-def _owner_of(path: str) -> tuple[Any, str]:
+def _holder_of(path: str) -> tuple[Any, str]:
     """Return the module, class or object that holds a private name, and the name's last component."""
     assert path in PRIVATE_NAMES, f"{path} has no line in PRIVATE_NAMES"
     module, _, qualified = path.partition(":")

@@ -44,12 +44,16 @@ PRIVATE_NAMES: dict[str, PrivateName] = {
     f"{OPTIMIZER}.distrib_optimizer:DistributedOptimizer._compute_per_buffer_param_layout": PrivateName(
         "wrapped: lays whole matrices out where model builders and DDP compute buffers"
     ),
+    f"{OPTIMIZER}.optimizer:ChainedOptimizer._synchronize_steps": PrivateName(
+        "overridden: counters that are tensors"
+    ),
     f"{_GRAD_NORM}.get_main_grads_for_grad_norm": PrivateName("wrapped on instances", only="0.18"),
     f"{_GRAD_NORM}.get_grads_for_grad_norm": PrivateName("wrapped on instances", only="0.19"),
     f"{OPTIMIZER}:get_mup_config_overrides": PrivateName("wrapped: keeps muP off spectral parameters"),
     f"{_TRAINING}:get_mup_config_overrides": PrivateName("the same, by the name that the loop calls"),
     f"{_TRAINING}:tag_params_for_buffer_routing": PrivateName("wrapped: routes parameters by our rule"),
     "megatron.training.models.dist_utils:_ddp_wrap": PrivateName("wrapped: the same for model builders"),
+    # Models: compat/run_config
     f"{_TRAINING}:get_model": PrivateName("wrapped: builds GPT models from a configuration", only="0.18"),
     # Records: metrics/loop_hooks
     f"{_TRAINING}:pretrain": PrivateName("wrapped: keeps records"),
@@ -80,7 +84,7 @@ PRIVATE_NAMES: dict[str, PrivateName] = {
     ),
     # Plans: plan/fake_world
     "megatron.training.initialize:_initialize_distributed": PrivateName("called: fake process groups"),
-    # Without a GPU: rehearsal
+    # Without a GPU: rehearsal; data set helpers: compat/compiled_helpers
     "megatron.training.initialize:_warmup_jit_function": PrivateName("replaced: nothing is compiled"),
     "megatron.core.datasets.utils:compile_helpers": PrivateName("replaced: a wheel has them compiled"),
     "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__": PrivateName(
@@ -92,6 +96,9 @@ PRIVATE_NAMES: dict[str, PrivateName] = {
     f"{_LATENT}:TELinear": PrivateName("replaced: a linear layer that every rank holds whole"),
     "megatron.core.models.backends:LocalSpecProvider.grouped_mlp_modules": PrivateName(
         "wrapped: grouped experts"
+    ),
+    "megatron.core.models.hybrid.hybrid_layer_specs:hybrid_stack_spec": PrivateName(
+        "changed in place: layers that a CPU can run"
     ),
     "megatron.core.models.hybrid.hybrid_block:TENorm": PrivateName("replaced: torch's norm"),
 }

@@ -1,4 +1,4 @@
-"""A reader of single flags, by Megatron's parser with our flags added."""
+"""Checks single flags and their values by Megatron's parser with ours, for ``sso-megatron render``."""
 
 import argparse
 import difflib

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sso_megatron.mcore.flags.optimizers import OPTIMIZERS, config_classes, flag_fields, flags_of
-from sso_megatron.mcore.flags.schedule import from_schedule
+from sso_megatron.mcore.flags.run_length import from_run_length
 from sso_megatron.optimizers.config import SpectralConfig
 from sso_megatron.optimizers.settings import choices_of
 
@@ -82,7 +82,7 @@ def configs_from(args: argparse.Namespace) -> tuple[Any, SpectralConfig]:
         ValueError: a value breaks a rule of its setting; the message names the flag.
     """
     spec = OPTIMIZERS[args.optimizer]
-    known = {**spec.fixed, **from_schedule(spec, args)}
+    known = {**spec.fixed, **from_run_length(spec, args)}
     return config_from(args, spec.prefix, known), config_from(args, "spectral")
 
 

@@ -1,4 +1,4 @@
-"""Which weights a spectral update should help: the criterion of arXiv 2512.04299, during training.
+"""Measures which weights a spectral update should help: the criterion of arXiv 2512.04299, in training.
 
 For a weight with gradient ``G`` and incoming activations ``A``, a step of the same predicted decrease is
 longer by ``gain = nr(G) / st(A)`` for a spectral update than for a Euclidean one: ``nr(G) = ||G||_*^2 /

@@ -84,7 +84,7 @@ class LoopHooks:
         return train
 
     def train_step(self, original: Function) -> Function:
-        """Measure the steps that are to be measured."""
+        """Wrap the step with every instrument; each decides which steps it measures."""
         for instrument in self._recorder.instruments:
             original = instrument.around_train_step(original)
         # A function of its own even without instruments: Megatron's own is not to be marked as wrapped.

@@ -17,7 +17,7 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True)
 class Contribution:
-    """Which numbers a rank contributes to a table, the same ones at every measurement.
+    """The numbers that a rank contributes to a table, the same ones at every measurement.
 
     Attributes:
         keys: rows and parts that this rank sends numbers for.
@@ -31,12 +31,12 @@ class Contribution:
 
     @property
     def num_columns(self) -> int:
-        """How many numbers a key has."""
+        """Count of numbers for each key."""
         return len(self.sums) + len(self.maxima)
 
     @property
     def numel(self) -> int:
-        """How many numbers this rank sends."""
+        """Count of numbers that this rank sends."""
         return len(self.keys) * self.num_columns
 
 

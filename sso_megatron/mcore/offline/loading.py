@@ -94,7 +94,7 @@ class Checkpoint:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def single_rank() -> Iterator[None]:
     """Run a block in which this process is the only rank and can use Megatron, whatever started it.
 
     Output and warnings of Megatron and torch are hidden, because they are about training; errors are

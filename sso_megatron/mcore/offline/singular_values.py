@@ -38,7 +38,7 @@ def read(root: Path, pattern: re.Pattern[str]) -> dict[str, dict[int, Tensor]]:
     """
     folders = _some(loading.find_checkpoints(root))
     found: dict[str, dict[int, Tensor]] = {}
-    with loading.alone():
+    with loading.single_rank():
         chunks: list[Any] = []
         for folder in folders:
             checkpoint = loading.read_checkpoint(folder, needs_spheres=False)

@@ -158,10 +158,10 @@ class ShardLayout:
         """
         shards = [_Shard() for _ in work]
         for param in sorted(members, key=lambda p: (self._costs[p], p.numel()), reverse=True):
-            room = [i for i, shard in enumerate(shards) if shard.end_with(param) <= limit]
-            if not room:
+            fitting = [i for i, shard in enumerate(shards) if shard.end_with(param) <= limit]
+            if not fitting:
                 return None
-            index = min(room, key=lambda i: (work[i] + shards[i].cost, shards[i].end))
+            index = min(fitting, key=lambda i: (work[i] + shards[i].cost, shards[i].end))
             shards[index].add(param, self._costs[param])
         return shards
 

@@ -165,7 +165,7 @@ def build(config: Any, model_chunks: list[Any], config_overrides: Any, pg_collec
     if not all(map(_has_shards, model_chunks)):
         raise UnsupportedError(
             "use_layer_wise_distributed_optimizer: DDP's buffers have no shards of whole matrices; call "
-            "registration.prepare_for_shards before DDP, and give DDP use_distributed_optimizer"
+            "sso_megatron.mcore.prepare_for_shards before DDP, and give DDP use_distributed_optimizer"
         )
     entry = private_api.registry()[config.optimizer]
     overrides = {**(config_overrides or {}), **entry.default_param_overrides}

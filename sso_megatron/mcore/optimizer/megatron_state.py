@@ -90,9 +90,9 @@ def _counts_by_parameter(inner: torch.optim.Optimizer) -> bool:
 
 
 def step_of(inner: torch.optim.Optimizer) -> int:
-    """Return the steps that AdamW has taken, for its bias correction; 0 if the optimizer does not count."""
+    """Return the steps that an optimizer has taken, for bias corrections; 0 if it does not count."""
     by_parameter = next((state["step"] for state in inner.state.values() if "step" in state), 0)
-    # FusedAdam counts by group, and does not count in an empty group.
+    # FusedAdam and our optimizers that count do so by group; FusedAdam does not count in an empty one.
     return max(int(by_parameter), *(int(group.get("step", 0)) for group in inner.param_groups), 0)
 
 

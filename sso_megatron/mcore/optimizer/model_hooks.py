@@ -10,7 +10,7 @@ from sso_megatron.mcore.optimizer.registration import is_spectral, prepare_for_s
 
 
 def install() -> None:
-    """Route parameters by our rule before DDP wraps the model, and keep muP off spectral parameters.
+    """Install hooks that route parameters by our rule before DDP wraps a model, and keep muP off ours.
 
     Runs with other optimizers are not changed.
 

@@ -124,7 +124,7 @@ def model_parameters(model_chunks: Iterable[Any], pg_collection: Any) -> Iterato
             first = get_pg_rank(pg_collection.ep) * num_local
             experts = tuple(range(first, first + num_local))
         rename = global_names(chunk, experts[0] if experts else 0)
-        owner_of, modules = _owners(chunk), dict(chunk.named_modules())
+        owner_of, modules = _enclosing_modules(chunk), dict(chunk.named_modules())
         for local_name, param in chunk.named_parameters():
             if not param.requires_grad:
                 continue
@@ -149,7 +149,7 @@ def model_parameters(model_chunks: Iterable[Any], pg_collection: Any) -> Iterato
             )
 
 
-def _owners(chunk: Any) -> Callable[[str], tuple[Any, Any]]:
+def _enclosing_modules(chunk: Any) -> Callable[[str], tuple[Any, Any]]:
     """Return a function from a parameter's name to the module around its layer, and that module's config.
 
     Some modules of a model have configurations of their own: a vision encoder, or the layers of a

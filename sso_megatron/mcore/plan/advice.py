@@ -64,7 +64,7 @@ def _blockwise(plan: Plan) -> Iterator[str]:
 
 
 def _idle_decay(plan: Plan) -> Iterator[str]:
-    decay = plan.settings["weight_decay"]
+    decay = plan.settings.get("weight_decay")
     if decay and plan.settings.get("retract_mode") == "hard":
         yield (
             f"--sso-weight-decay {decay} has no effect: hard retraction undoes it; leave it out, or use "

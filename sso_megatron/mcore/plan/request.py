@@ -152,8 +152,8 @@ def _decay_note(args: Namespace, flags: Sequence[str]) -> Iterator[str]:
     is_given = any(flag.split("=")[0] == "--weight-decay" for flag in flags)
     prefix = OPTIMIZERS[args.optimizer].prefix
     has_adamw = prefix != "spectra_clip" or args.spectral_exclude
-    if is_given and args.weight_decay and has_adamw:
-        ours = getattr(args, f"{prefix}_weight_decay")
+    ours = getattr(args, f"{prefix}_weight_decay", None)
+    if is_given and args.weight_decay and has_adamw and ours is not None:
         yield (
             f"--weight-decay {args.weight_decay:g} reaches AdamW's parameters only; matrices have "
             f"{flags_of(prefix, ['weight_decay'])} ({ours:g})"

@@ -59,7 +59,7 @@ class Work:
 
 
 class Stage:
-    """Shows a pipeline stage, which one process has built as the stage's first rank, from any of its ranks.
+    """A pipeline stage, built once as its first rank; it says what each of its ranks would do.
 
     It can be used only inside ``fake_world.as_rank``.
 
@@ -104,7 +104,7 @@ class Stage:
         self._work: dict[str, Work] = {}
         self.cuts: dict[tuple[Any, ...], CutKind] = {}
         self.workspaces: dict[tuple[int, int], int] = {}
-        taken = {p for maker in recipes for group in maker.groups for p in group["params"]}
+        taken = {p for recipe in recipes for group in recipe.groups for p in group["params"]}
         self.spectral = [p for p in parameters if p.param in taken]
 
     def layouts(self, tp_rank: int) -> dict[Tensor, ParameterLayout]:
@@ -133,15 +133,15 @@ class Stage:
             def takes(param: Tensor, data: int = data) -> bool:
                 return is_expert_parallel(param) == is_expert and self.owner.get(param, data) == data
 
-            loads = [self._loads_of(maker, takes, tp_size) for maker in self.recipes]
+            loads = [self._loads_of(recipe, takes, tp_size) for recipe in self.recipes]
             for rank in range(tp_size):
                 found[data, rank] = sum((load[rank] for load in loads), Load())
         return found
 
     def _loads_of(
-        self, maker: OptimizerRecipe, takes: Callable[[Tensor], bool], tp_size: int
+        self, recipe: OptimizerRecipe, takes: Callable[[Tensor], bool], tp_size: int
     ) -> list[Load]:
-        optimizer = maker.make(takes, self.layouts(0))
+        optimizer = recipe.make(takes, self.layouts(0))
         held = self._held(optimizer)
         flops = [0.0] * tp_size
         params = [p for group in optimizer.param_groups for p in group["params"] if p.ndim > 1]

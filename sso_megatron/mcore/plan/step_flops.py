@@ -25,7 +25,7 @@ class StepFlops:
         """Take the optimizer's class and settings, and known counts; new counts are added to them."""
         self._cls, self._settings, self._known = optimizer_cls, settings, known
         config = settings["config"]
-        self._searches = getattr(config, "solver", "") == "bisection" and config.tangent == "solve"
+        self._bisects = getattr(config, "solver", "") == "bisection" and config.tangent == "solve"
 
     def whole(self, shape: tuple[int, int]) -> float:
         """Return the flops of a step on one whole matrix."""
@@ -50,7 +50,7 @@ class StepFlops:
             "find_layout": lambda _: layout,
         }
         optimizer = self._cls([param], **settings)
-        if self._searches:
+        if self._bisects:
             if split.partition_dim is None:
                 return optimizer.polar_work().flops(split.shape)
             size = tp_group.size()

@@ -4,8 +4,6 @@ Megatron asserts that CUDA exists. Where it does not, ``start_rehearsal`` redire
 interface to the CPU, and ``adapt_arguments`` chooses the implementations that a CPU can run. The
 training itself does not change: model, data, precision, schedule and optimizer stay as given. Where
 CUDA exists, none of this applies, and ``start_rehearsal`` refuses to run.
-
-``skip_helper_compilation`` is not about the CPU: it applies to every installation from a wheel.
 """
 
 from __future__ import annotations
@@ -288,21 +286,3 @@ def _accept_sequence_parallel() -> None:
         return norm
 
     private_api.replace(path, build_marked)
-
-
-def skip_helper_compilation() -> None:
-    """Keep ``initialize_megatron`` from compiling the data set helpers that a wheel contains.
-
-    Megatron runs ``make`` in its installed folder, which has no Makefile, and exits when that fails.
-    Where the compiled helpers are missing (a source checkout), nothing is changed. This function applies
-    to GPU machines, too, and imports Megatron.
-    """
-    try:
-        import megatron.core.datasets.helpers_cpp  # noqa: F401
-    except ImportError:
-        return  # make has to run, and prints its own error
-    private_api.replace("megatron.core.datasets.utils:compile_helpers", _helpers_are_compiled)
-
-
-def _helpers_are_compiled() -> None:
-    """Do nothing, in the place of ``compile_helpers``."""

@@ -15,7 +15,7 @@ from sso_megatron.mcore.checkpoint.folders import (
     TRACKER,
     FolderError,
     complete_iterations,
-    find_damage,
+    find_leftovers,
     iteration_folder,
     mend,
     old_of,
@@ -129,12 +129,12 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_a_sound_folder_is_left_alone(root: Path) -> None:
-    assert find_damage(root) is None
+    assert find_leftovers(root) is None
     (root / TRACKER).write_text("2")  # somebody goes back
     iteration_folder(root, 6).mkdir()  # Megatron makes it first
     make(partial_of(iteration_folder(root, 6)))
-    assert find_damage(root) is None
-    assert find_damage(root / "nowhere") is None
+    assert find_leftovers(root) is None
+    assert find_leftovers(root / "nowhere") is None
 
 
 @pytest.mark.parametrize(
@@ -154,14 +154,14 @@ def test_a_wrong_tracker_names_the_newest_complete_one(root: Path, text: str | N
         (root / TRACKER).unlink()
     else:
         (root / TRACKER).write_text(text)
-    damage = find_damage(root)
+    damage = find_leftovers(root)
     assert damage is not None
     assert damage.line == (
         f"{root / TRACKER} {said}; it now names iteration 4, the newest complete checkpoint"
     )
     mend(root, damage)
     assert (root / TRACKER).read_text() == "4"
-    assert find_damage(root) is None
+    assert find_leftovers(root) is None
 
 
 def test_the_first_save_of_a_run_removes_what_others_left(root: Path) -> None:
@@ -174,10 +174,10 @@ def test_the_first_save_of_a_run_removes_what_others_left(root: Path) -> None:
 
 
 def test_nothing_to_go_on_with(tmp_path: Path) -> None:
-    assert find_damage(tmp_path) is None, "a run that begins"
+    assert find_leftovers(tmp_path) is None, "a run that begins"
     (tmp_path / TRACKER).write_text("")
     with pytest.raises(FolderError, match=r"is empty, and no complete checkpoint is there; .* remove it"):
-        find_damage(tmp_path)
+        find_leftovers(tmp_path)
 
 
 def test_checkpoints_of_megatron_alone_count(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_checkpoints_of_megatron_alone_count(tmp_path: Path) -> None:
     assert complete_iterations(tmp_path) == [3]
     (iteration_folder(tmp_path, 5) / "mp_rank_00").mkdir(parents=True)
     (tmp_path / TRACKER).write_text("5")
-    assert find_damage(tmp_path) is None, "--ckpt-format torch leaves no mark"
+    assert find_leftovers(tmp_path) is None, "--ckpt-format torch leaves no mark"
 
 
 class Killed(Exception):
@@ -226,7 +226,7 @@ def test_an_iteration_that_is_saved_again_is_there_at_every_step(
             publish(folder)
         except Killed:
             assert steps < 3
-    damage = find_damage(root)
+    damage = find_leftovers(root)
     if damage is not None:
         assert "the old one is back" in damage.line
         mend(root, damage)
@@ -250,7 +250,7 @@ def test_a_checkpoint_in_the_format_torch_waits_as_old(tmp_path: Path) -> None:
     make(partial_of(folder))
     # Killed between the renames.
     folder.rename(old_of(folder))
-    damage = find_damage(tmp_path)
+    damage = find_leftovers(tmp_path)
     assert damage is not None
     mend(tmp_path, damage)
     assert (folder / "mp_rank_00").is_dir()

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.megatron_runs import MOE, Megatron, tiny
 from sso_megatron.mcore.flags.optimizers import OPTIMIZERS, config_classes, flag_fields
-from sso_megatron.mcore.flags.schedule import from_schedule
+from sso_megatron.mcore.flags.run_length import from_run_length
 
 # A value that is not the default for every setting; a test below insists that none is missing.
 OTHER: dict[str, dict[str, object]] = {
@@ -173,9 +173,9 @@ def test_schedule_of_the_run(given: dict[str, Any], wanted: tuple[int | None, in
     layout |= {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     layout |= {"context_parallel_size": 1, "step_batch_size_schedule": None}
     args = argparse.Namespace(**(unset | ours | layout | given))
-    found = from_schedule(OPTIMIZERS["spectra_clip_adamw"], args)
+    found = from_run_length(OPTIMIZERS["spectra_clip_adamw"], args)
     assert (found.get("train_steps"), found["c_warmup_steps"]) == wanted
-    assert from_schedule(OPTIMIZERS["spectra"], args) == {}
+    assert from_run_length(OPTIMIZERS["spectra"], args) == {}
 
 
 @pytest.mark.parametrize(

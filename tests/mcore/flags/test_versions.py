@@ -12,6 +12,7 @@ import pytest
 from helpers.megatron_runs import MOE, Megatron, Run, assert_same_run, tiny, unpacked, zygote
 from helpers.paths import PACKAGE
 from sso_megatron.mcore.compat import versions
+from sso_megatron.mcore.compat.private_names import PRIVATE_NAMES
 from sso_megatron.mcore.errors import UnsupportedError
 
 OTHERS = [v for v in versions.MEGATRON.tested if v != version("megatron-core")]
@@ -119,7 +120,23 @@ def private_uses(module: Path) -> list[str]:
         is_taken = is_private or isinstance(node.ctx, ast.Store)
         if is_taken and isinstance(root, ast.Name) and root.id in imported:
             found.append(ast.unparse(node))
+    for derived in ast.walk(tree):
+        if not isinstance(derived, ast.ClassDef):
+            continue
+        bases = [base.id for base in derived.bases if isinstance(base, ast.Name) and base.id in imported]
+        overridden = {f"{base}.{name}" for base in bases for name in private_super_calls(derived)}
+        found += [name for name in overridden if not any(key.endswith(f":{name}") for key in PRIVATE_NAMES)]
     return found
+
+
+def private_super_calls(derived: ast.ClassDef) -> set[str]:
+    """Private methods of a base class that a class goes on to."""
+    return {
+        node.attr
+        for node in ast.walk(derived)
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"_[^_].*", node.attr)
+        if isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()"
+    }
 
 
 def test_private_names_are_used_through_their_table() -> None:

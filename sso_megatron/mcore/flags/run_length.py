@@ -5,7 +5,7 @@ import argparse
 from sso_megatron.mcore.flags.optimizers import OptimizerSpec, flags_of
 
 
-def from_schedule(spec: OptimizerSpec, args: argparse.Namespace) -> dict[str, int]:
+def from_run_length(spec: OptimizerSpec, args: argparse.Namespace) -> dict[str, int]:
     """Return the settings that are 0, with values from the run's own length and warmup.
 
     Args:
