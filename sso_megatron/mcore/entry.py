@@ -15,6 +15,7 @@ from sso_megatron.mcore.flags.optimizers import OPTIMIZERS
 from sso_megatron.mcore.flags.parser import add_arguments, configs_from
 from sso_megatron.mcore.flags.validation import (
     check_criterion,
+    check_loading,
     check_metrics,
     check_request,
     refuse_idle_flags,
@@ -110,6 +111,7 @@ def check_and_register(args: argparse.Namespace) -> None:
     refuse_idle_flags(args)
     check_criterion(args)
     check_metrics(args)
+    check_loading(args)
     if args.optimizer in OPTIMIZERS:
         check_request(args)
         note = unread_flags(args)

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -179,9 +180,9 @@ class Megatron:
             assert run.codes == [0] * ranks, f"exit codes {run.codes}\n{run.log[-6000:]}"
         return run
 
-    def train(self, argv: list[str], ranks: int = 1, calls: tuple[str, ...] = ()) -> Run:
+    def train(self, argv: list[str], ranks: int = 1, calls: tuple[str, ...] = (), **options: Any) -> Run:
         """A run with records, so that losses and summary can be read."""
-        return self.run([*argv, "--spectral-run-dir", "."], ranks, calls)
+        return self.run([*argv, "--spectral-run-dir", "."], ranks, calls, **options)
 
 
 @contextlib.contextmanager

@@ -31,8 +31,7 @@ everything is loaded; where the vocabulary differs it loads the rows that overla
 
 def stored_contents(folder: Path) -> Mapping[str, Any]:
     """Return a torch_dist checkpoint's entries by key; a tensor's has its global shape as ``size``."""
-    read = private_api.existing("megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader")
-    contents: Mapping[str, Any] = read(folder).read_metadata().state_dict_metadata
+    contents: Mapping[str, Any] = private_api.filesystem_reader(folder).read_metadata().state_dict_metadata
     return contents
 
 

@@ -102,6 +102,8 @@ def start_partial(folder: Path, sweep: bool) -> None:
     if fresh.exists():
         shutil.rmtree(fresh)
     fresh.mkdir(parents=True)
+    if folder.is_dir() and not any(folder.iterdir()):  # Megatron makes it before it saves
+        folder.rmdir()
 
 
 def _sweep(root: Path) -> None:
@@ -123,7 +125,7 @@ def publish(folder: Path) -> None:
         if old.exists():  # an earlier run ended before it had removed the folder
             _remove(old)
         os.rename(folder, old)
-    elif folder.exists():  # Megatron makes an empty folder
+    elif folder.exists():
         _remove(folder)
     os.rename(partial_of(folder), folder)
     sync_folder(folder.parent)

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
-from sso_megatron.mcore.checkpoint import compatibility, folders, manifest, repair
-from sso_megatron.mcore.checkpoint.collective_exit import (
+from sso_megatron.mcore.checkpoint import compatibility, folders, manifest, pickles, repair, stacked_keys
+from sso_megatron.mcore.checkpoint.explanation import describe
+from sso_megatron.mcore.compat import private_api, tensor_metadata
+from sso_megatron.mcore.errors.collective_exit import (
     ERRORS,
     CheckpointError,
     cause_of,
     check_together,
     exit_together,
 )
-from sso_megatron.mcore.compat import private_api
 
 
 @dataclass
@@ -31,12 +33,14 @@ class _Loading:
         verified: checkpoints whose files have been hashed.
         saved: the arguments that each checkpoint was saved with.
         roots: folders in which checkpoints are looked for; after the first, those of non-persistent ones.
+        masters: float32 copies that the checkpoint lacks, each with its weight.
     """
 
     optimizer: Any = None
     verified: set[Path] = field(default_factory=set)
     saved: dict[Path, Any] = field(default_factory=dict)
     roots: list[Path] = field(default_factory=list)
+    masters: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 _loading = _Loading()
@@ -61,6 +65,7 @@ def install() -> None:
     private_api.replace("megatron.training.training:load_checkpoint", load_checkpoint)
     verify = "megatron.core.dist_checkpointing.serialization:verify_integrity_manifest"
     private_api.wrap(verify, _unless_verified)
+    tensor_metadata.install()
 
 
 def _all_or_none(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,18 +76,36 @@ def _all_or_none(original: Callable[..., Any]) -> Callable[..., Any]:
         """
         _loading.optimizer = optimizer
         try:
-            with exit_together(_describe):
+            with exit_together(describe), _masters_first(optimizer):
                 return original(ddp_model, optimizer, *args, **kwargs)
         finally:
             _loading.optimizer = None
+            _loading.masters = []
 
     return load_checkpoint
 
 
-def _describe(error: BaseException) -> str:
-    if isinstance(error, CheckpointError):
-        return str(error)
-    return f"the checkpoint cannot be loaded: {cause_of(error)}"
+@contextlib.contextmanager
+def _masters_first(optimizer: Any) -> Iterator[None]:
+    """Run a block in which float32 copies that a checkpoint lacks are made of the loaded weights.
+
+    Megatron loads the weights before it gives the optimizer its state.
+    """
+    if optimizer is None:
+        yield
+        return
+    original = optimizer.load_state_dict
+
+    def load_state_dict(*args: Any, **kwargs: Any) -> Any:
+        for master, weight in _loading.masters:
+            master.copy_(weight)
+        return original(*args, **kwargs)
+
+    optimizer.load_state_dict = load_state_dict
+    try:
+        yield
+    finally:
+        del optimizer.load_state_dict
 
 
 # ---------------------------------------------------------------- before the first look
@@ -103,11 +126,26 @@ def _once_mended(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _from_mended_folder(original: Callable[..., Any]) -> Callable[..., Any]:
-    def load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    def load_base_checkpoint(
+        load_dir: Any, args: Any, rank0: bool = False, *rest: Any, **kwargs: Any
+    ) -> Any:
         """Load as Megatron does, from folders that have been repaired.
 
         Collectives: Megatron's and those of ``repair.prepare``.
+
+        Raises:
+            CheckpointError: the checkpoint has no optimizer state, and some is to be loaded.
         """
+        result = load_repaired(load_dir, args, rank0, *rest, **kwargs)
+        if not rank0 and result[0] and _wants_optimizer(args) and "optimizer" not in result[0]:
+            raise CheckpointError(
+                f"the checkpoint in {load_dir} has no optimizer state, as --no-save-optim leaves it: add "
+                "--no-load-optim to keep iteration and weights and start the optimizer and its learning "
+                "rate schedule anew"
+            )
+        return result
+
+    def load_repaired(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         if load_dir is None or folders.uses_object_store():
             return original(load_dir, args, *rest, **kwargs)
         _loading.roots = repair.roots(Path(load_dir), args)
@@ -116,6 +154,10 @@ def _from_mended_folder(original: Callable[..., Any]) -> Callable[..., Any]:
         return _unless_it_exits(lambda: original(load_dir, args, *rest, **kwargs), Path(load_dir), args)
 
     return load_base_checkpoint
+
+
+def _wants_optimizer(args: Any) -> bool:
+    return _loading.optimizer is not None and not (args.no_load_optim or args.finetune)
 
 
 def _unless_it_exits(load: Callable[[], Any], root: Path, args: Any) -> Any:
@@ -170,14 +212,15 @@ def _if_it_fits(original: Callable[..., Any]) -> Callable[..., Any]:
             folder = Path(load_dir) / "release"
         if not rank0:
             _check_contents(folder, sharded_state_dict, args)
-            return load()
+            result = load()
+            stacked_keys.discard_unused(result[0])
+            return result
         _check_files(folder)
         with _naming_the_file(folder):
             result = load()
         _loading.saved[folder] = saved = result[0].get("args")
-        wants_optimizer = _loading.optimizer is not None and not (args.no_load_optim or args.finetune)
         check_together(
-            lambda: compatibility.wrong_optimizer(folder, saved, args) if wants_optimizer else None
+            lambda: compatibility.wrong_optimizer(folder, saved, args) if _wants_optimizer(args) else None
         )
         return result
 
@@ -200,7 +243,9 @@ def _if_its_files_are_sound(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_files(folder: Path) -> None:
-    """Compare every file with the manifest, once in a run, and end all ranks if one is damaged.
+    """Compare files with the manifest and pickles with the list; end all ranks if one of them is wrong.
+
+    A checkpoint is looked at once in a run.
 
     The ranks share the work. While arguments are read from a checkpoint there is no process group, and each
     rank would have to read all files: then only ``.metadata`` is compared, and the others must exist.
@@ -214,6 +259,7 @@ def _check_files(folder: Path) -> None:
 
     def check() -> str | None:
         damage = manifest.find_damaged_file(folder, rank, size, reads=together)
+        damage = damage or pickles.find_foreign(folder, rank, size, reads=together)
         return damage and f"{damage}; {_way_out(folder)}"
 
     check_together(check)
@@ -258,21 +304,28 @@ def _naming_the_file(folder: Path) -> Iterator[None]:
 
 
 def _check_contents(folder: Path, wanted: Any, args: Any) -> None:
-    """Drop optional entries that are missing, and end all ranks if others are missing or of another shape.
+    """Ask for what the checkpoint has, and end all ranks if something is missing or of another shape.
 
-    Collectives: one gather of objects over the world.
+    Collectives: two gathers of objects over the world.
     """
+    anew = stacked_keys.Anew()
 
     def check() -> str | None:
+        nonlocal anew
         try:
             stored = compatibility.stored_contents(folder)
         except ERRORS as error:
             return f"{folder}/.metadata cannot be read ({cause_of(error)}); {_way_out(folder)}"
         compatibility.drop_missing_optional(wanted, stored)
+        # A hash of the metadata tells a state that was never saved from one that has been lost.
+        is_whole = (folder / folders.MANIFEST).exists()
+        anew = stacked_keys.match_(wanted, stored, may_start_anew=is_whole)
         saved = _loading.saved.get(folder)
         return compatibility.wrong_contents(folder, wanted, stored, saved, args)
 
     check_together(check)
+    stacked_keys.complete_(wanted, anew)
+    _loading.masters = anew.masters
 
 
 def _unless_verified(original: Callable[..., Any]) -> Callable[..., Any]:

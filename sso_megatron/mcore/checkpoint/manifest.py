@@ -12,8 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sso_megatron.mcore.checkpoint.collective_exit import on_first_rank
 from sso_megatron.mcore.checkpoint.folders import MANIFEST, sync_file, sync_folder
+from sso_megatron.mcore.errors.collective_exit import on_first_rank
 
 _ALGORITHM = "sha256"
 """The only hash that Megatron 0.19 knows (``validation._HASH_ALGORITHM``)."""

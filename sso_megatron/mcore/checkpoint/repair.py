@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sso_megatron.mcore.checkpoint import folders
-from sso_megatron.mcore.checkpoint.collective_exit import check_together
+from sso_megatron.mcore.errors.collective_exit import check_together
 
 _PATIENCE_SECONDS = 30.0
 """How long a rank waits for the first rank to repair a folder, where no process group exists yet."""

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sso_megatron.mcore.checkpoint import folders, manifest
-from sso_megatron.mcore.checkpoint.collective_exit import check_together, on_first_rank
+from sso_megatron.mcore.checkpoint import folders, manifest, stacked_keys
 from sso_megatron.mcore.compat import private_api
+from sso_megatron.mcore.errors.collective_exit import check_together, on_first_rank
 
 
 def install() -> None:
@@ -39,9 +39,10 @@ def _into_partial_folder(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         """Save as Megatron does, but so that the folder exists only when it is complete.
 
-        Collectives: Megatron's, before them a broadcast and a gather of objects, and after them those of
+        Collectives: Megatron's, before them a broadcast and two gathers of objects, and after them those of
         ``_finish``, which an asynchronous save issues when it is finalised.
         """
+        stacked_keys.divide_(sharded_state_dict)
         folder = Path(checkpoint_dir)
         if folders.uses_object_store() or not folders.is_checkpoint_name(folder.name):
             return original(

@@ -6,6 +6,7 @@ says what each is used for.
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sso_megatron.mcore.compat import versions
@@ -123,6 +124,11 @@ def parameter_groups(
 def standard_optimizer(**kwargs: Any) -> Any:
     """Return the optimizer that Megatron builds for AdamW's groups; its factory takes the arguments."""
     return existing(f"{OPTIMIZER}:_get_megatron_optimizer_based_on_param_groups")(**kwargs)
+
+
+def filesystem_reader(folder: Path) -> Any:
+    """Return the reader of a torch_dist checkpoint that Megatron would use."""
+    return existing("megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader")(folder)
 
 
 # ---------------------------------------------------------------- what 0.18 names otherwise or lacks

@@ -23,6 +23,7 @@ class PrivateName:
 
 OPTIMIZER, _TRAINING = "megatron.core.optimizer", "megatron.training.training"
 _ARGUMENTS, CHECKPOINTING = "megatron.training.arguments", "megatron.training.checkpointing"
+LOADER = "megatron.core.dist_checkpointing.strategies.torch:TorchDistLoadShardedStrategy"
 _GRAD_NORM = "megatron.core.optimizer.optimizer:MegatronOptimizer"
 _ATTENTION = "megatron.core.transformer.dot_product_attention:DotProductAttention"
 _LATENT = "megatron.core.transformer.multi_latent_attention"
@@ -56,6 +57,7 @@ PRIVATE_NAMES: dict[str, PrivateName] = {
     # Models: compat/run_config
     f"{_TRAINING}:get_model": PrivateName("wrapped: builds GPT models from a configuration", only="0.18"),
     # Records: metrics/loop_hooks
+    f"{_TRAINING}:setup_model_and_optimizer": PrivateName("wrapped: all ranks end together"),
     f"{_TRAINING}:pretrain": PrivateName("wrapped: keeps records"),
     "megatron.training:pretrain": PrivateName(
         "replaced by the wrapped one, by the name that scripts import"
@@ -82,6 +84,7 @@ PRIVATE_NAMES: dict[str, PrivateName] = {
     "megatron.core.dist_checkpointing.strategies.torch:_get_filesystem_reader": PrivateName(
         "called: a checkpoint's metadata"
     ),
+    f"{LOADER}.load_tensors_metadata": PrivateName("wrapped: torch.empty does not take all that it gives"),
     # Plans: plan/fake_world
     "megatron.training.initialize:_initialize_distributed": PrivateName("called: fake process groups"),
     # Without a GPU: rehearsal; data set helpers: compat/compiled_helpers

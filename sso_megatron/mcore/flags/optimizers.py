@@ -74,4 +74,4 @@ def flag_fields(prefix: str) -> list["dataclasses.Field[Any]"]:
 
 def flags_of(prefix: str, names: list[str]) -> str:
     """Return the flags of some settings of a prefix, as text for messages."""
-    return " ".join(f"--{prefix}-{name}".replace("_", "-") for name in names)
+    return " and ".join(f"--{prefix}-{name}".replace("_", "-") for name in names)

@@ -33,6 +33,8 @@ def check_request(args: argparse.Namespace) -> None:
         "are gathered; use --overlap-param-gather alone",
         "init_model_with_meta_device": "Megatron then forgets which weights tensor "
         "parallelism cuts, and which is the output layer; leave it out",
+        "rampup_batch_size": "Megatron does not read it, and the whole batch would be trained with from "
+        "the start; use --step-batch-size-schedule",
         "loss_scale": "bf16 and fp32 need none, and the spectral step has none; leave it out",
     }
     for name, rule in refused.items():
@@ -62,6 +64,19 @@ def _check_combinations(args: argparse.Namespace, spec: OptimizerSpec) -> None:
         raise ValueError(
             "--sso-radius-mode from_weights with --spectral-mup-init: weights are drawn for radii that "
             "the weights themselves would give; leave one out"
+        )
+    if spec.has_spheres and getattr(args, "qk_clip", False):
+        raise ValueError(
+            f"--qk-clip with --optimizer {args.optimizer}: it scales weights of Q and K after the step, "
+            "off their spheres, and the next step would scale them back; leave it out (--qk-layernorm "
+            "bounds attention's logits, too)"
+        )
+    stages = args.pipeline_model_parallel_size
+    is_tied = not args.untie_embeddings_and_output_weights
+    if getattr(args, "mtp_num_layers", None) and is_tied and stages > 1 and args.save is not None:
+        raise ValueError(
+            f"--mtp-num-layers {args.mtp_num_layers} with --pipeline-model-parallel-size {stages} and tied "
+            "embeddings: Megatron cannot save their copies; add --untie-embeddings-and-output-weights"
         )
     if not spec.has_spheres:
         unknown = {
@@ -214,6 +229,22 @@ def refuse_idle_flags(args: argparse.Namespace) -> None:
 
 def _changed(args: argparse.Namespace, prefix: str) -> list[str]:
     return [f.name for f in flag_fields(prefix) if getattr(args, f"{prefix}_{f.name}") != f.default]
+
+
+def check_loading(args: argparse.Namespace) -> None:
+    """Refuse values of ``--dist-ckpt-strictness`` with which Megatron cannot load any checkpoint.
+
+    Raises:
+        ValueError: such a value is given, and a checkpoint is to be loaded.
+    """
+    strictness = getattr(args, "dist_ckpt_strictness", None)
+    refused = {
+        "raise_all": "Megatron itself leaves entries of every checkpoint unread; use raise_unexpected",
+        "return_unexpected": "is for programs that call Megatron; use log_unexpected",
+        "return_all": "is for programs that call Megatron; use log_unexpected",
+    }
+    if args.load is not None and strictness in refused:
+        raise ValueError(f"--dist-ckpt-strictness {strictness}: {refused[strictness]}")
 
 
 def check_criterion(args: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from sso_megatron.mcore.compat import private_api
+from sso_megatron.mcore.errors.collective_exit import exit_together
+from sso_megatron.mcore.flags.optimizers import OPTIMIZERS
 from sso_megatron.mcore.metrics.recorder import UNHEALTHY, Recorder
 
 Function = Callable[..., Any]
@@ -26,6 +28,8 @@ def _with_records(original: Function) -> Function:
         from megatron.training import get_args
 
         options = get_args()
+        if options.optimizer in OPTIMIZERS:
+            private_api.wrap(f"{_TRAINING}:setup_model_and_optimizer", _ending_together)
         if not (options.spectral_run_dir or options.log_spectral_metrics):
             return original(*args, **kwargs)
         recorder = Recorder(options)
@@ -44,6 +48,18 @@ def _with_records(original: Function) -> Function:
         return result
 
     return pretrain
+
+
+def _ending_together(original: Function) -> Function:
+    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+        """Set up as Megatron does, and end all ranks with one line where the optimizer cannot be built.
+
+        Collectives: Megatron's, and a barrier at the end.
+        """
+        with exit_together(errors=(ValueError,)):
+            return original(*args, **kwargs)
+
+    return setup_model_and_optimizer
 
 
 class LoopHooks:

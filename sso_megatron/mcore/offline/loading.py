@@ -25,6 +25,7 @@ import torch
 from sso_megatron.mcore import entry
 from sso_megatron.mcore.checkpoint.compatibility import stored_contents
 from sso_megatron.mcore.checkpoint.folders import TRACKER, is_complete, iteration_folder
+from sso_megatron.mcore.checkpoint.pickles import find_foreign
 from sso_megatron.mcore.compat.run_config import model_config
 from sso_megatron.mcore.flags.optimizers import OPTIMIZERS
 from sso_megatron.mcore.flags.parser import config_from, configs_from
@@ -187,11 +188,14 @@ def read_checkpoint(folder: Path, *, needs_spheres: bool = True) -> Checkpoint:
         needs_spheres: accept only a run that held its weights on spheres and stored which spheres.
 
     Raises:
-        ValueError: the checkpoint has no arguments; or, with ``needs_spheres``, its weights were not on
+        ValueError: the checkpoint would construct what is not on the list of ``checkpoint.pickles``; it has
+            no arguments; or, with ``needs_spheres``, its weights were not on
             spheres, or on spheres that are unknown or depend on the layout.
     """
     from megatron.core.dist_checkpointing import load_common_state_dict
 
+    if foreign := find_foreign(folder):
+        raise ValueError(f"{foreign}; take a checkpoint that you trust")
     common = load_common_state_dict(str(folder))
     stored = common.get("args")
     if stored is None:

@@ -215,10 +215,11 @@ class ShardedStateAdapter:
                     yield ParameterState(param, tensors, 0)
 
     def targets(self) -> Iterator[ParameterState]:
-        """Yield empty host tensors for whole parameters of which this rank has a range. No collective."""
+        """Yield host tensors of zeros for the parameters of which this rank has a range. No collective."""
         for _, _, own, names in self._buckets():
             for param, ranges in own.items():
-                tensors = {name: torch.empty(param.shape, dtype=torch.float32) for name in names}
+                # Zeros, as at a start: what a checkpoint lacks stays as it is.
+                tensors = {name: torch.zeros(param.shape, dtype=torch.float32) for name in names}
                 # Exactly one rank has the start of a parameter; it counts as the main replica.
                 replica = 0 if ranges["param"].start == 0 else 1 + dist.get_rank(self._dp_group)
                 yield ParameterState(param, tensors, replica)

@@ -143,16 +143,25 @@ def _by_our_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         if config.use_layer_wise_distributed_optimizer:
             from sso_megatron.mcore.optimizer import layer_wise
 
-            return layer_wise.build(config, model_chunks, config_overrides, groups)
+            sharded = layer_wise.build(config, model_chunks, config_overrides, groups)
+            _refuse_nothing(sharded.chained_optimizers)
+            return sharded
         _registered.find_layout = LayoutTable(
             prepare_model(model_chunks, _registered.config, shared, groups)
         )
         chain = original(config, model_chunks, config_overrides, pg_collection)
+        _refuse_nothing(chain.chained_optimizers)
         from sso_megatron.mcore.optimizer.chain import SpectralChain
 
         return SpectralChain(chain.chained_optimizers, model_chunks)
 
     return get_megatron_emerging_optimizer
+
+
+def _refuse_nothing(optimizers: Sequence[Any]) -> None:
+    """Raise ValueError if no rank has a parameter to train; every rank has the groups of all."""
+    if not optimizers:
+        raise ValueError("all parameters of the model are frozen; leave requires_grad of some of them True")
 
 
 def _in_shards(original: Callable[..., Any]) -> Callable[..., Any]:

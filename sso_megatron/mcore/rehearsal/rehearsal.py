@@ -109,6 +109,7 @@ class _Refusal(NamedTuple):
 
 _NEEDS_TE = "exists only in TransformerEngine, which needs a GPU"
 _NEEDS_GRAPHS = "records CUDA graphs, which only a GPU has"
+_MEASURES_GPU = "measures a GPU"
 _NEEDS_COPIES = "relies on copies between GPU and host memory, which are one memory here"
 _NO_FSDP = "use --use-distributed-optimizer"
 
@@ -136,6 +137,10 @@ _REFUSALS = (
     _Refusal("external_cuda_graph", (False,), "--external-cuda-graph", _NEEDS_GRAPHS),
     _Refusal("optimizer_cuda_graph", (False,), "--optimizer-cuda-graph", _NEEDS_GRAPHS),
     _Refusal("optimizer_cpu_offload", (False,), "--optimizer-cpu-offload", _NEEDS_COPIES),
+    _Refusal("log_memory_to_tensorboard", (False,), "--log-memory-to-tensorboard", _MEASURES_GPU),
+    _Refusal("log_device_memory_used", (False,), "--log-device-memory-used", _MEASURES_GPU),
+    _Refusal("log_straggler", (False,), "--log-straggler", _MEASURES_GPU),
+    _Refusal("record_memory_history", (False,), "--record-memory-history", _MEASURES_GPU),
     _Refusal("async_save", (False,), "--async-save", _NEEDS_COPIES),
     _Refusal(
         "fine_grained_activation_offloading",

@@ -1,8 +1,11 @@
 """Functions that a rank runs to die while it saves, to save in the background, or to load with trouble."""
 
 import contextlib
+import functools
+import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -221,3 +224,42 @@ _KILLS: dict[str, Callable[[Hook], None]] = {
     "in tracker": lambda kill: _around_tracker(inside=kill),
     "after tracker": lambda kill: _around_tracker(after=kill),
 }
+
+
+def freeze() -> None:
+    """Freeze the weights in whose global name the regular expression ``FREEZE`` is found."""
+    from megatron.training.models import gpt
+
+    original, pattern = gpt.unimodal_build_distributed_models, os.environ["FREEZE"]
+
+    @functools.wraps(original)
+    def build(build_model: Any, *args: Any, **kwargs: Any) -> Any:
+        from megatron.core import mpu
+        from megatron.core.utils import get_model_config
+
+        from sso_megatron.mcore.parameters.names import global_names
+
+        def build_frozen(*a: Any, **k: Any) -> Any:
+            model = build_model(*a, **k)
+            num_experts = get_model_config(model).num_moe_experts or 0
+            first = mpu.get_expert_model_parallel_rank() * num_experts
+            rename = global_names(model, first // mpu.get_expert_model_parallel_world_size())
+            for name, param in model.named_parameters():
+                if re.search(pattern, rename(name)):
+                    param.requires_grad_(False)
+            return model
+
+        return original(build_frozen, *args, **kwargs)
+
+    gpt.unimodal_build_distributed_models = build
+
+
+def fail_in_the_second_save() -> None:
+    """Have Megatron's second save end with an error before its last file is written."""
+    calls = itertools.count(1)
+
+    def fail(*args: Any) -> None:
+        if next(calls) == 2:
+            raise RuntimeError("this save fails")
+
+    _around(_serialization(), "save_config", before=fail)

@@ -135,7 +135,7 @@ def test_a_truncated_file_of_the_old_format(megatron: Megatron) -> None:
     assert_refused(
         megatron,
         load(root, "--ckpt-format", "torch"),
-        "a file of .*iter_0000004 cannot be read .*--ckpt-step 2$",
+        r"iter_0000004/mp_rank_00/model_optim_rng\.pt cannot be read .*--ckpt-step 2$",
     )
 
 

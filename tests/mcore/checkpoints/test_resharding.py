@@ -2,89 +2,17 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
-import torch
 
-from helpers.megatron_runs import FAMILY, MOE, Megatron, Run, tiny
-from helpers.probes.checkpoint_state import contents
+from helpers.megatron_runs import FAMILY, MOE, Megatron, Run
+from helpers.runs.reloading import Layout, assert_same_contents, assert_same_losses, go_on, leg, straight
 from helpers.runs.summation_order import MOST, ORDERS, relative_losses
 
 SHARDED = ["--use-distributed-optimizer"]
 PP2 = ["--pipeline-model-parallel-size", 2]
 EP2 = ["--expert-model-parallel-size", 2]
 SMALL = ["--micro-batch-size", 1]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Ranks and flags of a run."""
-
-    ranks: int
-    tp: int = 1
-    flags: tuple[object, ...] = ()
-
-    def argv(self, base: list[object]) -> list[str]:
-        return tiny(*base, *self.flags, tp=self.tp)
-
-
-def straight(megatron: Megatron, layout: Layout, base: list[object], save_at: int = 10) -> Run:
-    """20 iterations in one go, with a checkpoint on the way."""
-    save = ("--save", "ckpt", "--save-interval", save_at)
-    return megatron.train([*layout.argv([*base, "--train-iters", 20]), *map(str, save)], layout.ranks)
-
-
-def leg(
-    megatron: Megatron,
-    layout: Layout,
-    base: list[object],
-    start: Run,
-    at: int = 10,
-    stop: int = 20,
-    calls: tuple[str, ...] = (),
-) -> Run:
-    """Train from ``start``'s checkpoint ``at`` an iteration, saved again as loaded, to one at ``stop``."""
-    argv = layout.argv([*base, "--train-iters", 20, "--load", start.folder / "ckpt", "--ckpt-step", at])
-    if stop < 20:
-        argv += ["--save", "ckpt", "--save-interval", str(stop), "--exit-interval", str(stop)]
-    return megatron.train(argv, layout.ranks, (*calls, "probes.checkpoint_state:saved_again"))
-
-
-def assert_same_contents(run: Run, start: Run, iteration: int) -> None:
-    """What was loaded, written again, is what was saved: every tensor and object by value."""
-    saved = contents(start.folder / "ckpt" / f"iter_{iteration:07d}")
-    found = contents(run.folder / "again")
-    kept = any(key.startswith("optimizer.spectral.") for key in saved)
-    # Spectral clipping alone keeps nothing of a hidden matrix but what it keeps of an embedding, too.
-    states = [key.split(".")[2:] for key in saved if key.startswith("optimizer.state.")]
-    names = [{name for name, *key in states if part in key} for part in ("word_embeddings", "linear_proj")]
-    assert kept or names[0] == names[1]
-    assert found.keys() == {key for key in saved if key.startswith(("decoder", "optim", "embed", "output"))}
-    for key, value in found.items():
-        if isinstance(value, dict):
-            assert value.keys() == saved[key].keys()
-            assert all(torch.equal(value[name], saved[key][name]) for name in value), key
-        else:
-            assert value.any() or "layer_norm" in key or not saved[key].any(), key
-            assert torch.equal(value, saved[key]), key
-
-
-def assert_same_losses(run: Run, straight: Run, start: int) -> None:
-    wanted = straight.losses[start : start + len(run.losses)]
-    worst = max(abs(a - b) / b for a, b in zip(run.losses, wanted, strict=True))
-    print(f"losses within {worst:.1e}")
-    assert worst <= 1e-4
-
-
-def go_on(
-    megatron: Megatron, layout: Layout, base: list[object], start: Run, at: int = 10, **options: int
-) -> Run:
-    """``start`` from a checkpoint on in another layout: loaded by value, and the same losses."""
-    run = leg(megatron, layout, base, start, at, **options)
-    assert_same_contents(run, start, at)
-    assert_same_losses(run, start, at)
-    return run
 
 
 @pytest.fixture(scope="module")

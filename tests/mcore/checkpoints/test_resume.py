@@ -85,3 +85,34 @@ def test_saving_changes_nothing(train: Callable[..., Run], case: str) -> None:
     assert saving.losses == plain.losses
     for found, wanted in zip(saving.saved("state"), plain.saved("state"), strict=True):
         assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize("strictness", ["raise_unexpected", "log_unexpected", "log_all", "ignore_all"])
+@pytest.mark.parametrize("optimizer", ["sso", "adam"])
+def test_strictness(train: Callable[..., Run], optimizer: str, strictness: str) -> None:
+    """Megatron hands ``torch.empty`` what this does not take; ``test_refusals.py`` has the other values."""
+    straight = train("tp2", optimizer, *SAVE)
+    load = ("--load", straight.folder / "ckpt", "--ckpt-step", 10)
+    second = train("tp2", optimizer, *load, "--dist-ckpt-strictness", strictness)
+    assert second.losses == straight.losses[10:]
+
+
+def test_another_schedule_is_one_line(megatron: Megatron, train: Callable[..., Run]) -> None:
+    """Megatron's AdamW cannot go on with another rate: it finds its parameter groups by their rates."""
+    straight = train("tp2", "sso", *SAVE)
+    argv = tiny("--train-iters", 20, "--load", straight.folder / "ckpt", "--lr", 2e-2, tp=2)
+    error = only_error(megatron.run(argv, 2, fails=True))
+    assert "the checkpoint has another schedule (class input value 0.02 and checkpoint" in error
+    assert "--override-opt-param-scheduler, to go on with those of this run" in error
+    megatron.run([*argv, "--override-opt-param-scheduler"], 2)
+    megatron.run([*argv, "--use-checkpoint-opt-param-scheduler"], 2)
+    straight = train("tp2", "adam", *SAVE)
+    argv = tiny("--load", straight.folder / "ckpt", "--lr", 2e-2, tp=2, optimizer="adam")
+    error = only_error(megatron.run(argv, 2, fails=True))
+    assert "the checkpoint's optimizer has parameter groups with other settings" in error
+
+
+def only_error(run: Run) -> str:
+    assert set(run.codes) == {2}
+    (line,) = [line for line in run.log.splitlines() if line.startswith("sso_megatron: error: ")]
+    return line

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.megatron_runs import Megatron, tiny
+from helpers.megatron_runs import Megatron, Run, tiny
 
 ERRORS = [
     (["--sso-solver", "newton"], "--sso-solver 'newton' must be one of tracking, bisection"),
@@ -113,6 +113,29 @@ ERRORS = [
     ),
     (["--fp8-format", "hybrid"], "cannot be rehearsed on the CPU"),
     (["--spectral-run-dir", "/dev/null"], "--spectral-run-dir /dev/null: cannot be made"),
+    (["--qk-clip"], "--qk-clip with --optimizer sso: it scales weights of Q and K after the step"),
+    (
+        ["--rampup-batch-size", "2", "2", "8"],
+        "--rampup-batch-size with --optimizer sso: Megatron does not read it",
+    ),
+    *(
+        (["--load", ".", "--dist-ckpt-strictness", value], f"--dist-ckpt-strictness {value}: {why}")
+        for value, why in (
+            (
+                "raise_all",
+                "Megatron itself leaves entries of every checkpoint unread; use",
+            ),
+            ("return_unexpected", "is for programs that call Megatron; use log_unexpected"),
+            ("return_all", "is for programs that call Megatron; use log_unexpected"),
+        )
+    ),
+    (["--log-straggler"], "--log-straggler cannot be rehearsed on the CPU: it measures a GPU"),
+    (["--log-device-memory-used"], "cannot be rehearsed on the CPU: it measures a GPU"),
+    (["--record-memory-history"], "cannot be rehearsed on the CPU: it measures a GPU"),
+    (
+        ["--log-memory-to-tensorboard", "--tensorboard-dir", "tensorboard"],
+        "--log-memory-to-tensorboard cannot be rehearsed on the CPU: it measures a GPU",
+    ),
     (["--sft"], "--sft: this script trains on plain token streams"),
 ]
 
@@ -127,6 +150,15 @@ def test_one_clear_error_before_any_process_group(megatron: Megatron, flags, mes
     assert not (run.folder / "process_group_was_made").exists()
 
 
+def test_tied_embeddings_that_megatron_could_not_save(megatron: Megatron) -> None:
+    """The second stage has a copy of the embedding for multi-token prediction; Megatron's save asserts."""
+    argv = tiny("--mtp-num-layers", 1, "--pipeline-model-parallel-size", 2, "--save", "ckpt")
+    argv.remove("--untie-embeddings-and-output-weights")
+    run = megatron.run(argv, 2, calls=("probes:no_process_group",), fails=True)
+    assert run.codes == [2, 2]
+    assert run.log.count("tied embeddings: Megatron cannot save their copies; add --untie") == 1
+
+
 @pytest.mark.parametrize("flags", [["--optimizer", "ssso"], ["--sso-momentum", "much"], ["--sso-rho", "1"]])
 def test_what_argparse_refuses(megatron: Megatron, flags) -> None:
     run = megatron.run(tiny(*flags), fails=True, calls=("probes:no_process_group",))
@@ -135,20 +167,33 @@ def test_what_argparse_refuses(megatron: Megatron, flags) -> None:
     assert not (run.folder / "process_group_was_made").exists()
 
 
-def test_a_pattern_that_matches_nothing(megatron: Megatron) -> None:
-    run = megatron.run(tiny("--spectral-exclude", "linear_qkw"), fails=True)
-    assert run.codes == [1]
-    assert "--spectral-exclude 'linear_qkw' matches no matrix of the model" in run.log
-    assert "decoder.layers.0.self_attention.linear_qkv.weight" in run.log
+def assert_one_line(run: Run, message: str) -> None:
+    """All ranks have ended with code 2, and the last thing said is one line."""
+    assert set(run.codes) == {2}
+    errors = [line for line in run.log.splitlines() if line.startswith("sso_megatron: error: ")]
+    assert len(errors) == 1 and message in errors[0], run.log[-2000:]
+    assert "Traceback" not in run.log
 
 
-def test_a_matrix_without_a_rule_names_itself(megatron: Megatron) -> None:
-    """An adapter that somebody added; the way out that the error names is one."""
+@pytest.mark.parametrize("sharded", [[], ["--use-distributed-optimizer"]], ids=["plain", "sharded"])
+def test_a_pattern_that_matches_nothing(megatron: Megatron, sharded: list[str]) -> None:
+    run = megatron.run(tiny("--spectral-exclude", "linear_qkw", *sharded), 2, fails=True)
+    assert_one_line(
+        run, "--spectral-exclude 'linear_qkw' matches no matrix of the model; names are such as d"
+    )
+
+
+@pytest.mark.parametrize("sharded", [[], ["--use-distributed-optimizer"]], ids=["plain", "sharded"])
+def test_a_matrix_without_a_rule_names_itself(megatron: Megatron, sharded: list[str]) -> None:
+    """An adapter that somebody added on one stage; the way out that the error names is one."""
     calls = ("probes:with_adapter",)
-    run = megatron.run(tiny(), calls=calls, fails=True)
+    argv = tiny("--pipeline-model-parallel-size", 2, *sharded)
+    run = megatron.run(argv, 2, calls, fails=True)
     way_out = r"--spectral-exclude 'adapter\.weight' sends it to AdamW"
-    assert f"adapter.weight (8, 8): no rule says which matrices this parameter holds; {way_out}" in run.log
-    megatron.run(tiny("--spectral-exclude", r"adapter\.weight"), calls=calls)
+    assert_one_line(
+        run, f"adapter.weight (8, 8): no rule says which matrices this parameter holds; {way_out}"
+    )
+    megatron.run([*argv, "--spectral-exclude", r"adapter\.weight"], 2, calls)
 
 
 def test_records_of_two_runs_are_not_mixed(megatron: Megatron, tmp_path: Path) -> None:

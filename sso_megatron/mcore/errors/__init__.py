@@ -1,4 +1,4 @@
-"""Ends a process of a run after an error, with one line and exit code 2."""
+"""Ends a process of a run, or all of them together, after an error: one line, exit code 2."""
 
 import os
 import sys

@@ -81,8 +81,12 @@ def on_first_rank(write: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def exit_together(describe: Callable[[BaseException], str]) -> Iterator[None]:
+def exit_together(
+    describe: Callable[[BaseException], str] = str, errors: tuple[type[BaseException], ...] = ERRORS
+) -> Iterator[None]:
     """Run a block that all ranks run, and end all of them within seconds if one of them raises.
+
+    An error of Megatron's or torch's is shown with its traceback, one of this package without.
 
     During the block a thread asks the process group's store whether a rank has failed.
 
@@ -90,6 +94,7 @@ def exit_together(describe: Callable[[BaseException], str]) -> Iterator[None]:
 
     Args:
         describe: returns the text to show for an exception.
+        errors: classes of the exceptions that end all ranks; others are raised, and end this rank alone.
     """
     store = _own_connection() if dist.is_initialized() else None
     done = threading.Event()
@@ -100,9 +105,9 @@ def exit_together(describe: Callable[[BaseException], str]) -> Iterator[None]:
         yield
         if store is not None:
             dist.barrier()  # a rank that has finished must still learn that another has failed
-    except ERRORS as error:  # whatever ends one rank must end all
+    except errors as error:  # whatever ends one rank must end all
         done.set()
-        if not isinstance(error, CheckpointError):
+        if not _is_ours(error):
             traceback.print_exc()
         line = _one_line(describe(error))
         if store is not None:
@@ -112,6 +117,12 @@ def exit_together(describe: Callable[[BaseException], str]) -> Iterator[None]:
         done.set()
         if store is not None:
             watcher.join()
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Return whether code of this package raised an error, which then explains itself."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).startswith("sso_megatron.")
 
 
 def _own_connection() -> Any:
