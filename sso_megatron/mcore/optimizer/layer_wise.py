@@ -164,8 +164,9 @@ def build(config: Any, model_chunks: list[Any], config_overrides: Any, pg_collec
     """
     if not all(map(_has_shards, model_chunks)):
         raise UnsupportedError(
-            "use_layer_wise_distributed_optimizer: DDP's buffers have no shards of whole matrices; call "
-            "sso_megatron.mcore.prepare_for_shards before DDP, and give DDP use_distributed_optimizer"
+            "a distributed optimizer needs shards of whole matrices in DDP's buffers: call "
+            "sso_megatron.mcore.prepare_for_shards before DDP, and give DDP "
+            "use_distributed_optimizer=True; or leave use_distributed_optimizer out of both"
         )
     entry = private_api.registry()[config.optimizer]
     overrides = {**(config_overrides or {}), **entry.default_param_overrides}

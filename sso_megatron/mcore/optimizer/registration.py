@@ -140,7 +140,8 @@ def _by_our_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.core.process_groups_config import ProcessGroupCollection
 
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        if config.use_layer_wise_distributed_optimizer:
+        # By what DDP does to gradients, and not by what the optimizer's settings say of it.
+        if config.use_layer_wise_distributed_optimizer or any(map(_reduces_to_shards, model_chunks)):
             from sso_megatron.mcore.optimizer import layer_wise
 
             sharded = layer_wise.build(config, model_chunks, config_overrides, groups)
@@ -156,6 +157,10 @@ def _by_our_factory(original: Callable[..., Any]) -> Callable[..., Any]:
         return SpectralChain(chain.chained_optimizers, model_chunks)
 
     return get_megatron_emerging_optimizer
+
+
+def _reduces_to_shards(chunk: Any) -> bool:
+    return bool(getattr(getattr(chunk, "ddp_config", None), "use_distributed_optimizer", False))
 
 
 def _refuse_nothing(optimizers: Sequence[Any]) -> None:
