@@ -14,9 +14,21 @@ from sso_megatron.optimizers.cached_state import CachedField, MatrixState, fits,
 from sso_megatron.optimizers.config import SpectralConfig
 from sso_megatron.optimizers.schedule import Schedule, make_schedule
 from sso_megatron.parallel.cost import PolarWork
-from sso_megatron.parallel.shards import Cut
+from sso_megatron.parallel.shards import Cut, is_distributed_tensor
 
 FindLayout = Callable[[Tensor], ParameterLayout]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_GROUP_KEYS = frozenset(
+    (
+        *("params", "lr", "step", "param_names", "name", "names"),
+        # Of schedulers: torch's, then Megatron's with what its factory puts into every group.
+        *("initial_lr", "swa_lr", "max_lr", "min_lr"),
+        *("lr_mult", "wd_mult", "start_wd", "end_wd", "is_decoupled_lr", "is_expert_parallel"),
+        *("default_config", "optimizer"),
+    )
+)
+"""Keys of a parameter group that are no settings of the optimizer."""
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -91,7 +103,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return super().state_dict() | {"spectral": self.spectral_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of parameters, groups and logical matrices; see ``load_spectral_state``."""
+        """Load the state of parameters, groups and logical matrices; see ``load_spectral_state``.
+
+        Raises:
+            ValueError: the state is another optimizer's.
+        """
+        self._refuse_other_state(state_dict)
         super().load_state_dict(state_dict)
         # torch rounds state to the parameter's dtype: take it from the source.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -100,6 +117,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 if isinstance(source, Tensor):
                     self.state[param][name] = source.to(param.device, self.state_dtype(param), copy=True)
         self.load_spectral_state(state_dict.get("spectral", {}))
+
+    def _refuse_other_state(self, state_dict: dict[str, Any]) -> None:
+        kept = {name for state in state_dict["state"].values() for name in state}
+        is_complete = all(set(self.state_names) <= state.keys() for state in state_dict["state"].values())
+        # Every scheduler of Megatron's writes a weight decay into its groups, which nobody reads.
+        others = set().union(*state_dict["param_groups"]) - _GROUP_KEYS - {"weight_decay"}
+        if not is_complete or others:
+            found = ", ".join(sorted(kept | others)) or "nothing"
+            raise ValueError(
+                f"the state to load is another optimizer's: it has {found}, and {type(self).__name__} "
+                f"keeps {', '.join(self.state_names)}; load the state of the same optimizer"
+            )
 
     def spectral_state(self) -> dict[str, MatrixState]:
         """Return ``cached_fields`` of each logical matrix that this rank works on, by its global name.
@@ -262,8 +291,22 @@ def _check_group(group: dict[str, Any], has_layouts: bool, takes_vectors: bool) 
                 f"a parameter of shape {tuple(param.shape)} is no matrix; give parameters that are "
                 "not 2-D, and embeddings and the output layer, to torch.optim.AdamW"
             )
+        if is_distributed_tensor(param):
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} is a DTensor, whose shards no step sees whole; "
+                "give whole parameters (without fully_shard), or train with Megatron-Core, whose "
+                "--use-distributed-optimizer shards the optimizer by whole matrices"
+            )
+        if param.dtype not in _DTYPES:
+            raise ValueError(
+                f"a parameter of dtype {param.dtype} has no spectral step; it must be float32, float64, "
+                "bfloat16 or float16: give others to another optimizer"
+            )
     _check_lr(group["lr"], group["params"])
-    unread = {"momentum", "nesterov", "weight_decay"} & group.keys()
+    unread = group.keys() - _GROUP_KEYS
     if unread:
         names = ", ".join(sorted(unread))
-        raise ValueError(f"{names} in a parameter group is not read; make an optimizer of its own for it")
+        raise ValueError(
+            f"{names} in a parameter group is not read: a group has its own lr alone; make an optimizer of "
+            "its own for the group, with that setting"
+        )

@@ -5,6 +5,7 @@ or not. Shards travel in flat buffers, one after the other, so that no shard is 
 """
 
 import functools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,12 @@ def group_size(tp_group: dist.ProcessGroup) -> int:
 def group_rank(tp_group: dist.ProcessGroup) -> int:
     """Return this rank's place in a group."""
     return dist.get_rank(tp_group)
+
+
+def is_distributed_tensor(tensor: Tensor) -> bool:
+    """Return whether a tensor is torch's ``DTensor``, of which a rank sees its shard alone."""
+    module = sys.modules.get("torch.distributed.tensor")  # not imported, there is none
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
