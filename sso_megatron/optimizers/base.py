@@ -66,7 +66,8 @@ class SpectralOptimizer(MatrixOptimizer):
         """Make the optimizer.
 
         Args:
-            params: 2-D parameters, or groups of them; a group may have its own ``lr`` and nothing else.
+            params: 2-D parameters, or groups of them; a group may have its own ``lr``, and its own value of
+                settings that are declared ``by_group``.
             lr: learning rate. A 0-d tensor on the parameters' device can be changed between replays of a
                 CUDA graph.
             config: settings as one ``config_cls``, instead of ``settings``.
@@ -80,15 +81,14 @@ class SpectralOptimizer(MatrixOptimizer):
             TypeError: a setting that does not exist, or ``config`` and ``settings`` together.
         """
         c = one_config(self.config_cls, config, settings)
-        self._momentum, self._nesterov = getattr(c, "momentum", 0.0), getattr(c, "nesterov", False)
-        self._weight_decay = getattr(c, "weight_decay", 0.0)
+        self._configs: dict[Tensor, Any] = {}
         self._unfinished: Counter[Tensor] = Counter()
         shared = shared or SpectralConfig()
         super().__init__(params, lr=lr, config=c, shared=shared, find_layout=find_layout)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copy and pickle take, without ``on_written`` and ``measures``."""
-        own = super().__getstate__() | {"_unfinished": Counter()}
+        own = super().__getstate__() | {"_unfinished": Counter(), "_configs": {}}
         return {name: value for name, value in own.items() if name not in ("on_written", "measures")}
 
     @torch.no_grad()
@@ -177,8 +177,9 @@ class SpectralOptimizer(MatrixOptimizer):
         known = {}
         if self.measures is not None and not self.finds_norms:
             known["spectral_norm"] = spectral_norms(batch, W)
-        if self._weight_decay:
-            W.mul_(1 - batch.group["lr"] * self._weight_decay)
+        weight_decay = getattr(self.config_of(batch.group), "weight_decay", 0.0)
+        if weight_decay:
+            W.mul_(1 - batch.group["lr"] * weight_decay)
         self.update_batch_(batch, W, N)
         if self.measures is not None:
             known |= self.measured(batch)
@@ -196,22 +197,39 @@ class SpectralOptimizer(MatrixOptimizer):
 
     def begin_step(self) -> None:
         """Count the step. It is called once a step, before anything is read or written."""
-        for group in self.param_groups if self.counts_steps else ():
-            group["step"].add_(1)
+        self._configs.clear()
+        for group in self.param_groups:
+            self._configs.update(dict.fromkeys(group["params"], self.config_of(group)))
+            if self.counts_steps:
+                group["step"].add_(1)
 
     def take_gradient_(self, param: Tensor, gradient: Tensor) -> None:
         """Update a parameter's state with its gradient. It is called before any batch is worked on."""
-        update_momentum_(self.state[param]["momentum_buffer"], gradient, self._momentum)
+        momentum = getattr(self._configs[param], "momentum", 0.0)
+        update_momentum_(self.state[param]["momentum_buffer"], gradient, momentum)
 
     def read_directions(self, members: list[Member], places: list[Tensor]) -> None:
         """Copy this rank's part of what ``update_batch_`` gets as ``N`` into the places given."""
-        momenta = self.read_state(members, "momentum_buffer")
-        if not self._nesterov:
-            copy_all_(places, momenta)
-            return
-        # The look ahead, (1 - beta) G + beta M, in place.
-        self.read_gradients(members, places)
-        torch._foreach_lerp_(places, momenta, self._momentum)
+        for config, some, N in self.by_config(members, places):
+            momenta = self.read_state(some, "momentum_buffer")
+            if not getattr(config, "nesterov", False):
+                copy_all_(N, momenta)
+                continue
+            # The look ahead, (1 - beta) G + beta M, in place.
+            self.read_gradients(some, N)
+            torch._foreach_lerp_(N, momenta, config.momentum)
+
+    def by_config(
+        self, members: list[Member], places: list[Tensor]
+    ) -> Iterator[tuple[Any, list[Member], list[Tensor]]]:
+        """Yield the settings in a step's groups, each with the members that have them and their places.
+
+        An exchange brings matrices of several parameter groups at once.
+        """
+        chosen = [self._configs[member.param] for member in members]
+        for config in dict.fromkeys(chosen):
+            mine = [i for i, other in enumerate(chosen) if other is config or other == config]
+            yield config, [members[i] for i in mine], [places[i] for i in mine]
 
     def read_state(self, members: list[Member], name: str) -> list[Tensor]:
         """Return this rank's part of each matrix in one of ``state_names``: views of contiguous rows."""

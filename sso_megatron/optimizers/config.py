@@ -80,8 +80,10 @@ class SpectralConfig:
 class SSOConfig:
     """Settings of SSO and MuonSphere (arXiv 2601.08393)."""
 
-    momentum: float = setting(0.9, "decay of the gradient's moving average", "paper", rule=DECAY)
-    nesterov: bool = setting(True, "look ahead by one gradient", "paper")
+    momentum: float = setting(
+        0.9, "decay of the gradient's moving average", "paper", rule=DECAY, by_group=True
+    )
+    nesterov: bool = setting(True, "look ahead by one gradient", "paper", by_group=True)
     radius_mode: Literal["spectral_mup", "identity", "from_weights"] = setting(
         "spectral_mup",
         "radius R of the sphere: spectral_mup c*sqrt(d_out/d_in), identity c, from_weights c times the "
@@ -89,13 +91,14 @@ class SSOConfig:
         "paper; from_weights ours",
     )
     radius_scaler: float = setting(
-        1.0, "the factor c of the radius", "paper, fig. 5: 0.1 .. 10", rule=POSITIVE
+        1.0, "the factor c of the radius", "paper, fig. 5: 0.1 .. 10", rule=POSITIVE, by_group=True
     )
     scale_mode: Literal["spectral_mup", "align_adam_rms", "spectral_kaiming"] = setting(
         "spectral_mup",
         "factor of the update: spectral_mup R, align_adam_rms 0.2*sqrt(max(d_out,d_in)), "
         "spectral_kaiming sqrt(max(1,d_out/d_in))",
         "paper, eq. 16",
+        by_group=True,
     )
     retract_mode: Literal["hard", "dynamic"] = setting(
         "hard",
@@ -143,7 +146,11 @@ class SSOConfig:
         6, "degree of the power iteration's Chebyshev filter", "ours", rule=at_least(1)
     )
     weight_decay: float = setting(
-        0.0, "decoupled weight decay of the matrices; hard retraction undoes it", "paper", rule=NOT_NEGATIVE
+        0.0,
+        "decoupled weight decay of the matrices; hard retraction undoes it",
+        "paper",
+        rule=NOT_NEGATIVE,
+        by_group=True,
     )
 
     def __post_init__(self) -> None:
@@ -159,8 +166,10 @@ class SSOConfig:
 class SpectraConfig:
     """Settings of Spectra (arXiv 2602.11185)."""
 
-    momentum: float = setting(0.95, "decay mu of the heavy ball M <- mu M + G", "paper", rule=DECAY)
-    nesterov: bool = setting(False, "look ahead by one gradient: G + mu M instead of M")
+    momentum: float = setting(
+        0.95, "decay mu of the heavy ball M <- mu M + G", "paper", rule=DECAY, by_group=True
+    )
+    nesterov: bool = setting(False, "look ahead by one gradient: G + mu M instead of M", by_group=True)
     rank_ratio: float = setting(
         0.015,
         "singular values of the spike by the short side of the matrix; at least one",
@@ -171,12 +180,13 @@ class SpectraConfig:
         1, "passes of the cached power iteration a step", "paper", rule=at_least(1)
     )
     update_rms: float = setting(
-        0.2, "root mean square of the update's entries, by lr", "paper", rule=POSITIVE
+        0.2, "root mean square of the update's entries, by lr", "paper", rule=POSITIVE, by_group=True
     )
     eps: float = setting(
         1e-8,
         "added to the root mean square that is divided by; the paper's value is not known to us",
         rule=POSITIVE,
+        by_group=True,
     )
     momentum_dtype: Literal["fp32", "bf16"] = setting(
         "fp32", "precision that the momentum is kept in; bf16 halves the optimizer's state"
@@ -185,6 +195,7 @@ class SpectraConfig:
         0.1,
         "decoupled weight decay of the matrices; the paper's value is not known to us",
         rule=NOT_NEGATIVE,
+        by_group=True,
     )
 
     def __post_init__(self) -> None:
@@ -200,15 +211,28 @@ class SpectralAdamConfig:
         "ratio of the gradient's Frobenius norm to the last one's above which it is divided",
         "paper",
         rule=POSITIVE,
+        by_group=True,
     )
-    low_threshold: float = setting(0.67, "the ratio below which it is divided", "paper", rule=POSITIVE)
+    low_threshold: float = setting(
+        0.67, "the ratio below which it is divided", "paper", rule=POSITIVE, by_group=True
+    )
     period: int = setting(
-        50, "it is also divided at every step that this divides, counted from 1", "paper", rule=at_least(1)
+        50,
+        "it is also divided at every step that this divides, counted from 1",
+        "paper",
+        rule=at_least(1),
+        by_group=True,
     )
-    beta1: float = setting(0.9, "decay of the gradient's moving average; not published", rule=DECAY)
-    beta2: float = setting(0.95, "decay of its square's; not published", rule=DECAY)
-    eps: float = setting(1e-8, "AdamW's, also in the ratio of norms; not published", rule=POSITIVE)
-    weight_decay: float = setting(0.1, "decoupled weight decay of the matrices", "paper", rule=NOT_NEGATIVE)
+    beta1: float = setting(
+        0.9, "decay of the gradient's moving average; not published", rule=DECAY, by_group=True
+    )
+    beta2: float = setting(0.95, "decay of its square's; not published", rule=DECAY, by_group=True)
+    eps: float = setting(
+        1e-8, "AdamW's, also in the ratio of norms; not published", rule=POSITIVE, by_group=True
+    )
+    weight_decay: float = setting(
+        0.1, "decoupled weight decay of the matrices", "paper", rule=NOT_NEGATIVE, by_group=True
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -235,6 +259,7 @@ class SpectralClipConfig:
         "spectral norm that no clipped update exceeds",
         "paper",
         rule=Rule("lie in [1e-6, 1e9]", _is_c),
+        by_group=True,
     )
     c_warmup_steps: int = setting(
         0,
@@ -281,13 +306,23 @@ class SpectralClipConfig:
         "paper: 0.1, optional",
         rule=Rule("be 0 or in [1e-6, 1e9]", lambda value: value == 0 or _is_c(value)),
     )
-    beta1: float = setting(0.9, "adamw, ademamix: decay of the gradient's average", "paper", rule=DECAY)
-    beta2: float = setting(
-        0.95, "adamw: decay of the squared gradient's average", "SSO paper; this one 0.999", rule=DECAY
+    beta1: float = setting(
+        0.9, "adamw, ademamix: decay of the gradient's average", "paper", rule=DECAY, by_group=True
     )
-    eps: float = setting(1e-8, "adamw, ademamix: added to the root", "torch, apex", rule=POSITIVE)
-    momentum: float = setting(0.95, "signum: decay of the gradient's average", "paper", rule=DECAY)
-    nesterov: bool = setting(True, "signum: look ahead by one gradient", "paper")
+    beta2: float = setting(
+        0.95,
+        "adamw: decay of the squared gradient's average",
+        "SSO paper; this one 0.999",
+        rule=DECAY,
+        by_group=True,
+    )
+    eps: float = setting(
+        1e-8, "adamw, ademamix: added to the root", "torch, apex", rule=POSITIVE, by_group=True
+    )
+    momentum: float = setting(
+        0.95, "signum: decay of the gradient's average", "paper", rule=DECAY, by_group=True
+    )
+    nesterov: bool = setting(True, "signum: look ahead by one gradient", "paper", by_group=True)
     ademamix_beta2: float = setting(
         0.999, "ademamix: decay of the squared gradient's average", "paper", rule=DECAY
     )
@@ -306,7 +341,11 @@ class SpectralClipConfig:
         rule=at_least(7),  # with six the table overshoots 1 by 1e-3, and so the clipped norm c
     )
     weight_decay: float = setting(
-        0.1, "decoupled weight decay of the matrices; vectors have none", "paper", rule=NOT_NEGATIVE
+        0.1,
+        "decoupled weight decay of the matrices; vectors have none",
+        "paper",
+        rule=NOT_NEGATIVE,
+        by_group=True,
     )
 
     def __post_init__(self) -> None:

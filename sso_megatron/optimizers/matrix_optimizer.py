@@ -1,5 +1,6 @@
 """Parameters as batches of matrices, and their state from step to step."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from sso_megatron.optimizers.batches import MatrixBatch
 from sso_megatron.optimizers.cached_state import CachedField, MatrixState, fits, restore_cache_, save_cache
 from sso_megatron.optimizers.config import SpectralConfig
 from sso_megatron.optimizers.schedule import Schedule, make_schedule
+from sso_megatron.optimizers.settings import group_settings
 from sso_megatron.parallel.cost import PolarWork
 from sso_megatron.parallel.shards import Cut, is_distributed_tensor
 
@@ -22,6 +24,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GROUP_KEYS = frozenset(
     (
         *("params", "lr", "step", "param_names", "name", "names"),
+        "differentiable",  # torch adds it to the defaults of what it has loaded
         # Of schedulers: torch's, then Megatron's with what its factory puts into every group.
         *("initial_lr", "swa_lr", "max_lr", "min_lr"),
         *("lr_mult", "wd_mult", "start_wd", "end_wd", "is_decoupled_lr", "is_expert_parallel"),
@@ -68,16 +71,23 @@ class MatrixOptimizer(torch.optim.Optimizer):
             )
         self.config = config
         self.shared = shared
+        self._own_settings: list[dict[str, Any]] = []
         self._find_layout = find_layout
         self._schedule: Schedule | None = None
         self._loaded: dict[str, MatrixState] = {}
-        # Nothing but the learning rate is in the groups: a checkpoint restores groups, and what the
-        # optimizer was built with must win over what an earlier run was built with.
+        # Nothing but the learning rate is in the groups, a group's own settings neither: a checkpoint
+        # restores groups, and what the optimizer was built with must win over what an earlier run was.
         super().__init__(params, {"lr": lr})
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:
             yield from group["params"]
+
+    def config_of(self, group: dict[str, Any]) -> Any:
+        """Return the settings of a parameter group: ``config``, with what the group has for itself."""
+        index = next(i for i, candidate in enumerate(self.param_groups) if candidate is group)
+        own = self._own_settings[index]
+        return dataclasses.replace(self.config, **own) if own else self.config
 
     def state_dtype(self, param: Tensor) -> torch.dtype:
         """Return the dtype of a parameter's state: float32, or float64 for a float64 parameter."""
@@ -171,15 +181,20 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Add a parameter group, as in torch. The next step makes its batches anew.
 
         Raises:
-            ValueError: a parameter that is no matrix, or a setting outside its rule.
+            ValueError: a parameter that is no matrix, a setting outside its rule, or a key that is neither
+                a setting that a group may have for itself nor a scheduler's.
         """
-        super().add_param_group(param_group)
+        known = group_settings(type(self.config))
+        own = {name: param_group[name] for name in known if name in param_group}
+        super().add_param_group({key: value for key, value in param_group.items() if key not in own})
         group = self.param_groups[-1]
         try:
-            _check_group(group, self._find_layout is not None, self.takes_vectors)
+            _check_group(group, self._find_layout is not None, self.takes_vectors, known)
+            dataclasses.replace(self.config, **own)  # checks their rules
         except ValueError:
             self.param_groups.pop()
             raise
+        self._own_settings.append(own)
         self._loaded, self._schedule = self.spectral_state(), None
 
     def reset_caches(self) -> None:
@@ -282,7 +297,9 @@ def _check_lr(lr: float | Tensor, params: list[Tensor]) -> None:
         )
 
 
-def _check_group(group: dict[str, Any], has_layouts: bool, takes_vectors: bool) -> None:
+def _check_group(
+    group: dict[str, Any], has_layouts: bool, takes_vectors: bool, settings: tuple[str, ...]
+) -> None:
     for param in group["params"]:
         # A layout may see matrices in a tensor of more dimensions, such as packed experts.
         is_odd = (param.ndim < 2 and not takes_vectors) or (param.ndim > 2 and not has_layouts)
@@ -307,6 +324,6 @@ def _check_group(group: dict[str, Any], has_layouts: bool, takes_vectors: bool) 
     if unread:
         names = ", ".join(sorted(unread))
         raise ValueError(
-            f"{names} in a parameter group is not read: a group has its own lr alone; make an optimizer of "
-            "its own for the group, with that setting"
+            f"{names} in a parameter group is not read: a group may have its own "
+            f"{', '.join(('lr', *settings))}; make an optimizer of its own for it"
         )

@@ -31,9 +31,26 @@ def at_least(least: int) -> Rule:
     return Rule(f"be at least {least}", lambda value: value >= least)
 
 
-def setting(default: Any, help: str, source: str = "", rule: Rule | None = None) -> Any:
-    """Return a dataclass field with its rule, and its text for the flag's help and the documentation."""
-    return field(default=default, metadata={"help": help, "source": source, "rule": rule})
+def setting(
+    default: Any, help: str, source: str = "", rule: Rule | None = None, by_group: bool = False
+) -> Any:
+    """Return a dataclass field with its rule, and its text for the flag's help and the documentation.
+
+    Args:
+        default: value where none is given.
+        help: what the setting does.
+        source: where the default is from.
+        rule: what a value must keep.
+        by_group: whether a parameter group may have a value of its own. So may settings that change neither
+            what is kept of a matrix nor what a step costs.
+    """
+    metadata = {"help": help, "source": source, "rule": rule, "by_group": by_group}
+    return field(default=default, metadata=metadata)
+
+
+def group_settings(config_type: type) -> tuple[str, ...]:
+    """Return the names of the settings that a parameter group may have for itself."""
+    return tuple(f.name for f in dataclasses.fields(config_type) if f.metadata.get("by_group"))
 
 
 def require(config: Any, name: str, ok: bool, rule: str) -> None:

@@ -12,7 +12,7 @@ from sso_megatron.optimizers.batches import MatrixBatch, Member
 from sso_megatron.optimizers.cached_state import CachedField
 from sso_megatron.optimizers.config import SpectraConfig
 from sso_megatron.parallel.cost import thin_summed_bytes
-from sso_megatron.parallel.shards import Cut
+from sso_megatron.parallel.shards import Cut, copy_all_
 from sso_megatron.updates.momentum import update_heavy_ball_
 from sso_megatron.updates.spectra import SpectraCache, SpectraRule, spectra_step_, spike_rank
 
@@ -46,14 +46,12 @@ class Spectra(SpectralOptimizer):
         """Make the optimizer.
 
         Args:
-            params: 2-D parameters, or groups of them; a group may have its own ``lr`` and nothing else.
+            params: 2-D parameters, or groups of them; see ``SpectralOptimizer``.
             lr: learning rate, on AdamW's scale; the paper's is not known to us.
             config: settings as one object, instead of by name.
             options: ``shared``, ``find_layout`` and fields of ``SpectraConfig``; see ``SpectralOptimizer``.
         """
         super().__init__(params, lr, config=config, **options)
-        c = self.config
-        self._rule = SpectraRule(c.power_iterations, c.update_rms, c.eps)
 
     def state_dtype(self, param: Tensor) -> torch.dtype:
         """Return bfloat16 with ``momentum_dtype="bf16"``, else float32, or float64 for such parameters."""
@@ -63,15 +61,17 @@ class Spectra(SpectralOptimizer):
 
     def take_gradient_(self, param: Tensor, gradient: Tensor) -> None:
         """Update the momentum: ``M <- mu M + G``."""
-        update_heavy_ball_(self.state[param]["momentum_buffer"], gradient, self._momentum)
+        update_heavy_ball_(self.state[param]["momentum_buffer"], gradient, self._configs[param].momentum)
 
     def read_directions(self, members: list[Member], places: list[Tensor]) -> None:
         """Copy ``M`` into the places given, or ``G + mu M`` with Nesterov."""
-        if not self._nesterov:
-            super().read_directions(members, places)
-            return
-        self.read_gradients(members, places)
-        torch._foreach_add_(places, self.read_state(members, "momentum_buffer"), alpha=self._momentum)
+        for config, some, N in self.by_config(members, places):
+            momenta = self.read_state(some, "momentum_buffer")
+            if not config.nesterov:
+                copy_all_(N, momenta)
+                continue
+            self.read_gradients(some, N)
+            torch._foreach_add_(N, momenta, alpha=config.momentum)
 
     def update_batch_(self, batch: MatrixBatch, W: Tensor, N: Tensor) -> None:
         """Take the step in place; see ``updates.spectra.spectra_step_``."""
@@ -80,8 +80,9 @@ class Spectra(SpectralOptimizer):
             W, N = W.mT, N.mT
         if batch.cache is None:
             self.make_cache(batch, lambda is_known: self._new_cache(batch, N, is_known))
-        lr = batch.group["lr"]
-        batch.stats = spectra_step_(W, N, batch.cache, lr=lr, rule=self._rule, view=view)
+        c, lr = self.config_of(batch.group), batch.group["lr"]
+        rule = SpectraRule(c.power_iterations, c.update_rms, c.eps)
+        batch.stats = spectra_step_(W, N, batch.cache, lr=lr, rule=rule, view=view)
 
     def measured(self, batch: MatrixBatch) -> dict[str, Tensor]:
         """Return ``spike_share``, the part of ``||M||_F^2`` that is the spike's, as far as it was found."""
@@ -106,7 +107,7 @@ class Spectra(SpectralOptimizer):
 
     def thin_sums(self, cut: Cut) -> tuple[int, ...]:
         """Return the bytes of the block in each all-reduce; the momentum is never communicated."""
-        return thin_summed_bytes(cut.shape, cut.dim, self._rank(cut.shape), self._rule.num_iterations)
+        return thin_summed_bytes(cut.shape, cut.dim, self._rank(cut.shape), self.config.power_iterations)
 
     def workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """Count weight, momentum and its copy for the norm, or float64 thin blocks instead of the copy."""

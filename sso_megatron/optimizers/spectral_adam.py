@@ -47,15 +47,13 @@ class SpectralAdam(SpectralOptimizer):
         """Make the optimizer.
 
         Args:
-            params: 2-D parameters, or groups of them; a group may have its own ``lr`` and nothing else.
+            params: 2-D parameters, or groups of them; see ``SpectralOptimizer``.
             lr: learning rate; the paper trains with 3e-4.
             config: settings as one object, instead of by name.
             options: ``shared``, ``find_layout`` and fields of ``SpectralAdamConfig``; see
                 ``SpectralOptimizer``.
         """
         super().__init__(params, lr, config=config, **options)
-        c = self.config
-        self._rule = SpectralAdamRule(c.high_threshold, c.low_threshold, c.period, c.beta1, c.beta2, c.eps)
 
     def take_gradient_(self, param: Tensor, gradient: Tensor) -> None:
         """Do nothing yet: the averages need the gradient's spectral norm first."""
@@ -81,6 +79,7 @@ class SpectralAdam(SpectralOptimizer):
             W, N, averages = W.mT, N.mT, averages.mT
         if batch.cache is None:
             self.make_cache(batch, lambda is_known: self._new_cache(batch, N, is_known))
+        c = self.config_of(batch.group)
         batch.stats = spectral_adam_step_(
             W,
             N,
@@ -89,7 +88,7 @@ class SpectralAdam(SpectralOptimizer):
             batch.group["step"],
             batch.cache,
             lr=batch.group["lr"],
-            rule=self._rule,
+            rule=SpectralAdamRule(c.high_threshold, c.low_threshold, c.period, c.beta1, c.beta2, c.eps),
             view=view,
         )
         for name, values in zip(self.state_names, places, strict=True):

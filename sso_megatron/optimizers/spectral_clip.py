@@ -25,10 +25,12 @@ class _Step:
     """The numbers of a step on one parameter group.
 
     Attributes:
+        base: the base optimizer with the group's settings.
         numbers: the base's numbers, such as its bias corrections.
         c: threshold of the clipping.
     """
 
+    base: Base
     numbers: Numbers
     c: Tensor | float
 
@@ -70,8 +72,8 @@ class SpectralClip(SpectralOptimizer):
         """Make the optimizer.
 
         Args:
-            params: parameters of at most two dimensions, or groups of them; a group may have its own
-                ``lr`` and ``max_lr`` and nothing else.
+            params: parameters of at most two dimensions, or groups of them, which may have their own
+                ``max_lr``, too; see ``SpectralOptimizer``.
             lr: learning rate; with ``c_warmup_steps`` and without ``lr_peak`` the one that the warmup ends
                 at, which is what torch's schedulers take it for. The paper trains with 1e-3.
             config: settings as one object, instead of by name.
@@ -86,12 +88,8 @@ class SpectralClip(SpectralOptimizer):
         self._steps: dict[Tensor, _Step] = {}
         super().__init__(params, lr, config=config, **options)
         c = self.config
-        self._base = _base(c)
-        self.state_names = self._base.state_names
+        self.state_names = _base(c).state_names
         self._coefficients = polar_coefficients("polar_express", c.msign_steps)
-        self._c = ClipSchedule(
-            c.c, c.c_warmup_steps, c.c_decay, c.c_decay_steps, c.c_final, num_steps=c.train_steps
-        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group and note its learning rate's peak, which no checkpoint has."""
@@ -142,13 +140,16 @@ class SpectralClip(SpectralOptimizer):
         super().begin_step()
         for group in self.param_groups:
             count = group["step"].double()
-            step = _Step(self._base.numbers(count), self._c.at(count, group["lr"], self._peak(group)))
+            config = self.config_of(group)
+            base, schedule = _base(config), _schedule(config)
+            step = _Step(base, base.numbers(count), schedule.at(count, group["lr"], self._peak(group)))
             self._steps.update(dict.fromkeys(group["params"], step))
 
     def take_gradient_(self, param: Tensor, gradient: Tensor) -> None:
         """Update the base's state with a parameter's gradient."""
         gradient = gradient.to(self.state_dtype(param))
-        self._base.update_(self._states([param]), [gradient], self._steps[param].numbers)
+        step = self._steps[param]
+        step.base.update_(self._states([param]), [gradient], step.numbers)
 
     def _peak(self, group: dict[str, Any]) -> float:
         return next(p for g, p in zip(self.param_groups, self._peaks, strict=True) if g is group)
@@ -162,10 +163,10 @@ class SpectralClip(SpectralOptimizer):
         for step in {id(step): step for step in (self._steps[m.param] for m in members)}.values():
             mine = [i for i, member in enumerate(members) if self._steps[member.param] is step]
             some, U = [members[i] for i in mine], [places[i] for i in mine]
-            if self._base.looks_ahead:
+            if step.base.looks_ahead:
                 self.read_gradients(some, U)
             states = {name: self.read_state(some, name) for name in self.state_names}
-            self._base.direction_(U, states, step.numbers)
+            step.base.direction_(U, states, step.numbers)
 
     def _cut(self, vector: Tensor) -> tuple[str, Any]:
         """Return the name of a vector, and the group that it is cut over or None."""
@@ -189,7 +190,7 @@ class SpectralClip(SpectralOptimizer):
                 for param in params
                 if param.grad is not None
             ]
-            self._base.direction_(U, self._states(params), step.numbers)
+            step.base.direction_(U, self._states(params), step.numbers)
             if self.config.apply_to == "all":
                 norms = norms_of(U, [self._cut(param)[1] for param in params])
                 clip_vectors_(U, norms, step.c, is_continuous=self.config.one_dimensional == "continuous")
@@ -249,6 +250,13 @@ class SpectralClip(SpectralOptimizer):
         rows, columns = max(cut.lengths), cut.shape[1 - cut.dim]
         in_double = 2 * rows * columns + 6 * columns**2
         return 2 * rows * columns * dtype.itemsize + in_double * torch.float64.itemsize
+
+
+def _schedule(config: SpectralClipConfig) -> ClipSchedule:
+    c = config
+    return ClipSchedule(
+        c.c, c.c_warmup_steps, c.c_decay, c.c_decay_steps, c.c_final, num_steps=c.train_steps
+    )
 
 
 def _base(config: SpectralClipConfig) -> Base:

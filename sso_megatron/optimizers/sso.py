@@ -75,7 +75,7 @@ class SSO(SpectralOptimizer):
         """Make the optimizer.
 
         Args:
-            params: 2-D parameters, or groups of them; a group may have its own ``lr`` and nothing else.
+            params: 2-D parameters, or groups of them; see ``SpectralOptimizer``.
             lr: learning rate; the paper trains with 5e-3.
             config: settings as one object, instead of by name.
             options: ``shared``, ``find_layout`` and fields of ``SSOConfig``; see ``SpectralOptimizer``.
@@ -121,9 +121,10 @@ class SSO(SpectralOptimizer):
         """
         stats, cache, lr = batch.stats, batch.cache, batch.group["lr"]
         # The step found the norm after weight decay.
-        norms = stats.sigma / (1 - lr * self._weight_decay)
+        config = self.config_of(batch.group)
+        norms = stats.sigma / (1 - lr * config.weight_decay)
         known = {"radius": cache.radius, "radius_error": norms / cache.radius - 1, "spectral_norm": norms}
-        scale = update_scale(batch.shape, self.config.scale_mode, cache.radius)
+        scale = update_scale(batch.shape, config.scale_mode, cache.radius)
         known["relative_step"] = lr * scale / cache.radius
         names = ("lam", "residual", "num_trials", "converged", "nuclear_rank")
         return known | {name: getattr(stats, name) for name in names}
@@ -181,7 +182,7 @@ class SSO(SpectralOptimizer):
             W,
             N,
             batch.cache,
-            scale=update_scale(batch.shape, self.config.scale_mode, batch.cache.radius),
+            scale=update_scale(batch.shape, self.config_of(batch.group).scale_mode, batch.cache.radius),
             lr=batch.group["lr"],
             rule=self._rule,
             all_reduce=batch.placement.all_reduce,
@@ -193,7 +194,7 @@ class SSO(SpectralOptimizer):
         if batch.cache is not None:
             return
         cache = self.make_cache(batch, lambda is_known: self._new_cache(batch, W, is_known))
-        scaler = self.config.radius_scaler
+        scaler = self.config_of(batch.group).radius_scaler
         for radius, loaded in zip(cache.radius, cache.radius_scaler.tolist(), strict=True):
             if loaded != scaler:  # by the ratio, and not at all where it is 1: c R / c is not always R
                 radius.mul_(scaler / loaded)
@@ -202,7 +203,7 @@ class SSO(SpectralOptimizer):
     def _new_cache(self, batch: MatrixBatch, W: Tensor, is_known: bool) -> _Cache:
         found = (blank_cache if is_known else start_cache)(W, self._rule, batch.placement.all_reduce)
         self._refuse_zeros(batch, found.radius)
-        c = self.config
+        c = self.config_of(batch.group)
         if c.radius_mode == "from_weights":
             found.radius.mul_(c.radius_scaler)
         else:

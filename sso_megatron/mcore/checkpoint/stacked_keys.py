@@ -49,7 +49,7 @@ class Stack:
 
     @property
     def depth(self) -> int:
-        """How many axes have to be taken off to leave complete tensors; 0 without holes."""
+        """Number of axes to take off so that complete tensors are left; 0 without holes."""
         for depth in range(len(self.shape)):
             inner = list(itertools.product(*map(range, self.shape[depth:])))
             outer = {offset[:depth] for offset in self.offsets}

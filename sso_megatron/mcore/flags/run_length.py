@@ -19,12 +19,11 @@ def from_run_length(spec: OptimizerSpec, args: argparse.Namespace) -> dict[str, 
     missing = [name for name in names if spec.prefix == "spectra_clip" and not _of_clip(args, name)]
     if not missing:
         return {}
-    varies = [flag for flag in ("rampup_batch_size", "step_batch_size_schedule") if getattr(args, flag)]
-    if varies and args.train_samples:
-        flag, wanted = varies[0].replace("_", "-"), flags_of(spec.prefix, missing)
+    if args.step_batch_size_schedule and args.train_samples:
+        wanted = flags_of(spec.prefix, missing)
         raise ValueError(
-            f"--train-samples with --{flag}: does not tell the number of steps, which --optimizer "
-            f"{args.optimizer} goes by; give {wanted} (1 for no warmup of c)"
+            "--train-samples with --step-batch-size-schedule: does not tell the number of steps, which "
+            f"--optimizer {args.optimizer} goes by; give {wanted} (1 for no warmup of c)"
         )
     batch = _batch_size(args)
 

@@ -26,7 +26,7 @@ def _precision(args: Any) -> str:
 def describe(args: Any) -> dict[str, Any]:
     """Return the content of ``run.json`` for a run with Megatron's validated arguments."""
     is_ours = args.optimizer in OPTIMIZERS
-    varies = args.rampup_batch_size or args.step_batch_size_schedule
+    varies = bool(args.step_batch_size_schedule)
     settings, shared = configs_from(args) if is_ours else (None, config_from(args, "spectral"))
     return {
         "optimizer": args.optimizer,

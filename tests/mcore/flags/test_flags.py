@@ -159,7 +159,7 @@ SCHEDULES = [
     ({"train_samples": 800, "lr_warmup_samples": 80}, (200, 20)),
     ({"train_samples": 800, "lr_warmup_samples": 80, "global_batch_size": None}, (100, 10)),
     ({"train_iters": 5, "lr_warmup_iters": 10}, (5, 5)),
-    ({"train_iters": 50, "lr_warmup_iters": 5, "rampup_batch_size": [2, 2, 8]}, (50, 5)),
+    ({"train_iters": 50, "lr_warmup_iters": 5, "step_batch_size_schedule": "0:2 8:4"}, (50, 5)),
     ({"train_iters": 100, "lr_warmup_iters": 10, "spectra_clip_train_steps": 90}, (None, 10)),
 ]
 
@@ -169,7 +169,7 @@ def test_schedule_of_the_run(given: dict[str, Any], wanted: tuple[int | None, in
     names = ("train_iters", "train_samples", "lr_decay_iters", "lr_decay_samples", "lr_warmup_fraction")
     unset = dict.fromkeys(names) | {"lr_warmup_iters": 0, "lr_warmup_samples": 0, "global_batch_size": 4}
     ours = {"spectra_clip_train_steps": 0, "spectra_clip_c_warmup_steps": 0}
-    layout = {"world_size": 16, "micro_batch_size": 2, "rampup_batch_size": None}
+    layout = {"world_size": 16, "micro_batch_size": 2, "step_batch_size_schedule": None}
     layout |= {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     layout |= {"context_parallel_size": 1, "step_batch_size_schedule": None}
     args = argparse.Namespace(**(unset | ours | layout | given))

@@ -93,11 +93,11 @@ ERRORS = [
     ),
     (
         [
-            *("--optimizer", "spectra_clip_adamw", "--rampup-batch-size", "2", "2", "8"),
+            *("--optimizer", "spectra_clip_adamw", "--step-batch-size-schedule", "0:2 8:4"),
             *("--train-samples", "16", "--spectra-clip-c-warmup-steps", "1"),
         ],
-        "--train-samples with --rampup-batch-size: does not tell the number of steps, which --optimizer "
-        "spectra_clip_adamw goes by; give --spectra-clip-train-steps (1 for",
+        "--train-samples with --step-batch-size-schedule: does not tell the number of steps, which "
+        "--optimizer spectra_clip_adamw goes by; give --spectra-clip-train-steps (1 for",
     ),
     (
         ["--optimizer", "spectra", "--spectral-mup-init"],

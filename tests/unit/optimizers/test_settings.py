@@ -60,8 +60,8 @@ def test_other_errors() -> None:
         ({"params": [torch.nn.Parameter(torch.randn(5))]}, "is no matrix"),
         ({"params": [torch.nn.Parameter(torch.randn(0, 4))]}, "is no matrix"),
         (
-            {"params": [torch.nn.Parameter(torch.randn(4, 4))], "momentum": 0.5},
-            "momentum in a parameter group is not",
+            {"params": [torch.nn.Parameter(torch.randn(4, 4))], "msign_steps": 5},
+            "msign_steps in a parameter group is not",
         ),
         ({"params": [torch.nn.Parameter(torch.randn(4, 4))], "lr": math.inf}, "lr=inf must not"),
     ):
