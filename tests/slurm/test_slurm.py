@@ -207,9 +207,12 @@ def test_a_wrong_flag_ends_the_job_before_any_rank(cluster: Cluster, jobs: Jobs)
 def test_the_time_limit_saves_and_queues_again(cluster: Cluster, jobs: Jobs) -> None:
     job = jobs.limited
     assert cluster.wait(job.number) == "COMPLETED", job.told()
-    assert cluster.state(job.number)["Restarts"] == "1", job.told()
-    (entry,) = (job.run / "requeues.log").read_text().splitlines()
+    entry, *others = (job.run / "requeues.log").read_text().splitlines()
+    assert cluster.state(job.number)["Restarts"] == str(1 + len(others)), job.told()
     assert entry.endswith(f"job {job.number} start 0: the time limit is near, at iteration 8")
+    for start in range(1, 1 + len(others)):  # the termination of the step before, which has the same number
+        logs = (job.run / "logs" / f"{job.number}-{start}").glob("node-*.log")
+        assert any("*** STEP" in (text := log.read_text()) and "CANCELLED AT" in text for log in logs)
     assert f"goes on from iteration 8; logs in {job.run}/logs/{job.number}-1" in job.log.read_text()
     assert job.losses == jobs.plain.losses, "to the last bit"
 
