@@ -227,8 +227,8 @@ class SpectralOptimizer(MatrixOptimizer):
         An exchange brings matrices of several parameter groups at once.
         """
         chosen = [self._configs[member.param] for member in members]
-        for config in dict.fromkeys(chosen):
-            mine = [i for i, other in enumerate(chosen) if other is config or other == config]
+        for config in {id(config): config for config in chosen}.values():
+            mine = [i for i, other in enumerate(chosen) if other is config]
             yield config, [members[i] for i in mine], [places[i] for i in mine]
 
     def read_state(self, members: list[Member], name: str) -> list[Tensor]:

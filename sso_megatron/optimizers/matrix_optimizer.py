@@ -1,6 +1,7 @@
 """Parameters as batches of matrices, and their state from step to step."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -87,7 +88,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Return the settings of a parameter group: ``config``, with what the group has for itself."""
         index = next(i for i, candidate in enumerate(self.param_groups) if candidate is group)
         own = self._own_settings[index]
-        return dataclasses.replace(self.config, **own) if own else self.config
+        return _with_own(self.config, tuple(own.items())) if own else self.config
 
     def state_dtype(self, param: Tensor) -> torch.dtype:
         """Return the dtype of a parameter's state: float32, or float64 for a float64 parameter."""
@@ -187,15 +188,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
         known = group_settings(type(self.config))
         own = {name: param_group[name] for name in known if name in param_group}
         super().add_param_group({key: value for key, value in param_group.items() if key not in own})
-        group = self.param_groups[-1]
+        self._own_settings.append(own)
         try:
-            _check_group(group, self._find_layout is not None, self.takes_vectors, known)
+            _check_group(self.param_groups[-1], self._find_layout is not None, self.takes_vectors, known)
             dataclasses.replace(self.config, **own)  # checks their rules
         except ValueError:
-            self.param_groups.pop()
+            self._drop_last_group()
             raise
-        self._own_settings.append(own)
         self._loaded, self._schedule = self.spectral_state(), None
+
+    def _drop_last_group(self) -> None:
+        """Take back a parameter group that was found wrong after it had been added."""
+        self.param_groups.pop()
+        self._own_settings.pop()
 
     def reset_caches(self) -> None:
         """Forget what is known about the weights' spectra; call it after editing weights by hand."""
@@ -279,6 +284,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         ranks, unless ``tp_mode`` names another placement.
         """
         return None
+
+
+@functools.cache
+def _with_own(config: Any, own: tuple[tuple[str, Any], ...]) -> Any:
+    """Return a configuration with a group's own settings, the same object each time."""
+    return dataclasses.replace(config, **dict(own))
 
 
 def _check_lr(lr: float | Tensor, params: list[Tensor]) -> None:

@@ -97,7 +97,7 @@ class SpectralClip(SpectralOptimizer):
         group = self.param_groups[-1]
         peak = float(self.config.lr_peak or group.get("max_lr") or group["lr"])
         if self.config.c_warmup_steps and not peak > 0:
-            self.param_groups.pop()
+            self._drop_last_group()
             raise ValueError(
                 f"lr={peak!r} is not what a warmup of c_warmup_steps={self.config.c_warmup_steps} ends at; "
                 "give lr_peak, or make the group with that learning rate"

@@ -131,7 +131,7 @@ def _pickles(
     """Yield a function that opens each pickle of a checkpoint, with its file; the metadata is the first."""
     metadata = folder / ".metadata"
     if metadata.is_file():
-        yield metadata, lambda: metadata.open("rb")
+        yield metadata, lambda: io.BytesIO(metadata.read_bytes())
     for path in sorted([*folder.glob("common.pt"), *folder.glob("mp_rank_*/*.pt")])[rank::size]:
         yield path, partial(_pickle_in, path, 0, -1)
     if metadata.is_file():

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sso_megatron.mcore.parameters.names import MASTER
+from sso_megatron.mcore.parameters.names import MASTER, STATE
 
-_STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?P<state>[^.]+)\.(?P<weight>.+)")
+_STATE_KEY = re.compile(rf"(?:chained_\d+\.)?{re.escape(STATE)}\.(?P<state>[^.]+)\.(?P<weight>.+)")
 """Matches the key of a state tensor: the name of the state, and Megatron's key of the weight."""
 
 _UNUSED = "sso_megatron/unused"

@@ -94,6 +94,16 @@ def test_their_rules_hold(kind: Any, name: str) -> None:
     train([p for g in optimizer.param_groups for p in g["params"]], [optimizer], range(2))
 
 
+def test_a_group_that_is_taken_back_leaves_no_settings() -> None:
+    """SPECTRA's warmup needs a peak; the group after the refused one has settings of its own, not its."""
+    first, refused, last = (torch.nn.Parameter(torch.ones(4, 6)) for _ in range(3))
+    optimizer = SpectralClip([first], lr=0.1, c_warmup_steps=5)
+    with pytest.raises(ValueError, match="is not what a warmup of c_warmup_steps=5 ends at"):
+        optimizer.add_param_group({"params": [refused], "lr": 0.0, "c": 2.0})
+    optimizer.add_param_group({"params": [last], "c": 3.0})
+    assert [optimizer.config_of(group).c for group in optimizer.param_groups] == [10.0, 3.0]
+
+
 def test_the_page_and_the_tests_have_all() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     for kind, others in OTHER.items():
